@@ -1,0 +1,245 @@
+"""Influence functions for groups, examples and pixels, from one inverse-Hessian-vector product.
+
+    s         = (H + damping I)^-1 v,    v = grad_theta of the mean loss of a group
+    I_up(z)   = -<s, grad_theta l(z)>                          `example_influence`   (HINT eq. 8)
+    I_pert(z) = -grad_x <s, grad_theta l(z)>                   `pixel_influence`     (HINT eq. 9)
+
+HINT is arXiv:2309.08549; its equations 8 and 9 are those of Koh & Liang 2017 (arXiv:1703.04730)
+with the gradient of a group (a validation set) in place of one test point. H is the mean Hessian,
+or Gauss-Newton matrix, over `train`.
+
+The model is any `loss_fn(params, batch) -> losses[B]`; `params` is what influence acts through, be
+it a network or one last layer over cached features. Neither per-example gradients nor the mixed
+derivative are ever formed: <s, grad_theta l(z)> is the derivative of l along s, so scores are one
+`jax.jvp` and pixel maps are one `jax.grad` of its sum.
+
+Everything is pure and may be put under `jit`, `vmap`, `grad`, `shard_map` or `pmap`. On GPU and TPU
+matrix products are rounded to fewer than 24 bits by default, which bounds what a solver can reach:
+wrap calls in `jax.default_matmul_precision("highest")` where that matters.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpoison import curvature as curvatures
+from jaxpoison import solvers
+from jaxpoison.curvature import AxisName, Batch, Curvature, LossFn, Params
+
+
+def group_ihvp(
+    loss_fn: LossFn,
+    params: Params,
+    group: Batch,
+    train: Batch,
+    *,
+    solver: solvers.Solver,
+    curvature: Curvature | None = None,
+    chunk_size: int | None = None,
+    key: jax.Array | None = None,
+    axis_name: AxisName = None,
+) -> solvers.Solution:
+    """Returns s = (H + damping I)^-1 v, with v the gradient of the mean loss of `group`.
+
+    Args:
+      loss_fn: `loss_fn(params, batch) -> losses[B]`, one per example, twice differentiable;
+        `batch = (inputs, targets)`. Examples must not interact (BatchNorm in evaluation mode).
+      params: pytree of floating-point arrays; half precision is raised to float32 inside.
+      group: examples whose mean loss is of interest, pytrees with leading axis M.
+      train: examples over which H is the mean, pytrees with leading axis N.
+      solver: `solvers.cg(damping=0.5)` or another of `solvers`; it holds the damping.
+      curvature: None for the Hessian of `loss_fn`; or `curvature.gauss_newton(...)`, positive
+        semi-definite for whole networks.
+      chunk_size: examples per pass over `group` and `train`; memory is then that of one chunk.
+        None: all at once, linearised once for all steps of the solver.
+      key: PRNG key for stochastic solvers.
+      axis_name: None for one device and for `jit` over sharded arrays. Inside your own `shard_map`,
+        `pmap` or `vmap(axis_name=...)`: the axis over which both `group` and `train` are split,
+        in shards of equal size; the result is the same on all devices.
+
+    Returns:
+      A `Solution` whose `value` is shaped like `params`. Sign: moving the parameters by -t s lowers
+      the group's loss for small t > 0.
+
+    Raises:
+      ValueError: for losses that are not one per example, empty or ragged batches, chunk_size < 1,
+        or a stochastic solver without a key.
+      TypeError: for parameters that are not floating point.
+    """
+    curvatures.count_examples(train, "train")
+    rhs = group_gradient(loss_fn, params, group, chunk_size=chunk_size, axis_name=axis_name)
+    curvature = curvatures.hessian(loss_fn) if curvature is None else curvature
+    matvec = curvatures.product(
+        curvature, params, train, chunk_size=chunk_size, axis_name=axis_name
+    )
+
+    def sample(sample_key, batch_size):
+        return curvatures.minibatch_product(
+            curvature, params, train, sample_key, batch_size=batch_size, axis_name=axis_name
+        )
+
+    return solver(matvec, rhs, sample=sample, key=key)
+
+
+def group_gradient(
+    loss_fn: LossFn,
+    params: Params,
+    group: Batch,
+    *,
+    chunk_size: int | None = None,
+    axis_name: AxisName = None,
+) -> Params:
+    """Returns v = grad_theta (1/M) sum_i l_i over `group`, shaped like `params`.
+
+    Arguments as for `group_ihvp`. Half-precision parameters give a float32 gradient.
+    """
+    num_examples = curvatures.count_examples(group, "group")
+    params = _check_floating(params, "params")
+    params = curvatures.device_local(
+        curvatures.at_least_float32(params), group, axis_name=axis_name
+    )
+    num_chunks, take = curvatures.chunks(group, chunk_size)
+
+    def gradient(index):
+        chunk, valid = take(index)
+        return jax.grad(
+            lambda p: curvatures.weighted_loss(loss_fn, p, chunk, valid / num_examples)
+        )(params)
+
+    if num_chunks == 1:
+        total = gradient(0)
+    else:
+
+        def add(total, index):
+            return jax.tree.map(jnp.add, total, gradient(index)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        total, _ = lax.scan(add, zeros, jnp.arange(num_chunks))
+    return curvatures.mean_over_devices(total, axis_name)
+
+
+def example_influence(
+    loss_fn: LossFn,
+    params: Params,
+    ihvp: Params,
+    batch: Batch,
+    *,
+    chunk_size: int | None = None,
+) -> jax.Array:
+    """Returns I_up(z_i) = -<ihvp, grad_theta l_i> of every example, shape `[N]` (HINT eq. 8).
+
+    It is the derivative of the group's mean loss by the weight of example i in the training sum
+    (1/N) sum l + eps l_i: positive means that up-weighting the example raises the group's loss
+    (harmful). Removing it changes that loss by about -I_up / N.
+
+    Args:
+      loss_fn: as for `group_ihvp`.
+      params: as for `group_ihvp`.
+      ihvp: `Solution.value`, shaped like `params`.
+      batch: `(inputs, targets)` with leading axis N.
+      chunk_size: examples per pass; None for all at once.
+    """
+    params, ihvp = _direction(params, ihvp)
+
+    def scores(chunk):
+        return -_directional_losses(loss_fn, params, ihvp, chunk)
+
+    return curvatures.map_chunks(scores, batch, chunk_size)
+
+
+def pixel_influence(
+    loss_fn: LossFn,
+    params: Params,
+    ihvp: Params,
+    batch: Batch,
+    *,
+    chunk_size: int | None = None,
+) -> Any:
+    """Returns I_pert(z_i) = -grad_x <ihvp, grad_theta l_i>, shaped like the inputs (HINT eq. 9).
+
+    Positive at a pixel means that raising it, and training on, raises the group's loss: moving
+    example i by delta changes that loss by about <I_pert, delta> / N. One forward-mode and one
+    reverse-mode pass for all examples together; `loss_fn` must include everything between the
+    pixels and the loss, and must treat examples one by one.
+
+    Args:
+      loss_fn: as for `group_ihvp`; here it must also be differentiable in the inputs.
+      params: as for `group_ihvp`.
+      ihvp: `Solution.value`, shaped like `params`.
+      batch: `(inputs, targets)` with leading axis N; inputs floating point.
+      chunk_size: examples per pass; None for all at once.
+
+    Raises:
+      TypeError: for inputs that are not floating point.
+    """
+    params, ihvp = _direction(params, ihvp)
+    inputs, targets = curvatures.split_batch(batch)
+    inputs = _check_floating(
+        inputs, "inputs", "convert images to floats in [0, 1]; for tokens, pass their embeddings"
+    )
+
+    def maps(chunk):
+        x, y = chunk
+        # Where the caller replicates inputs but not parameters, each device wants its own map.
+        x = curvatures.device_local(x, params, ihvp, y)
+        total = jax.grad(lambda x: -jnp.sum(_directional_losses(loss_fn, params, ihvp, (x, y))))
+        return total(x)
+
+    return curvatures.map_chunks(maps, (inputs, targets), chunk_size)
+
+
+def linear_head_loss(head_params: Params, batch: Batch) -> jax.Array:
+    """Returns softmax cross-entropy of a last linear layer over cached features, shape `[N]`.
+
+    HINT differentiates the last layer only, whose features do not depend on its weights: cache
+    them, and `group_ihvp` costs two small matrix products a step. The Hessian is positive
+    semi-definite and equals the Gauss-Newton matrix.
+
+    Args:
+      head_params: `{"kernel": [d, K], "bias": [K]}`, the layout of `flax.linen.Dense`.
+      batch: features `[N, d]` and integer labels `[N]`.
+    """
+    features, labels = batch
+    # Full precision: in TF32 or bfloat16 a solver cannot pass a residual of about 1e-3.
+    logits = jnp.matmul(features, head_params["kernel"], precision=lax.Precision.HIGHEST)
+    logits = logits + head_params["bias"]
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(one_hot * logits, axis=-1)
+
+
+def _directional_losses(loss_fn, params, direction, batch):
+    """Returns <direction, grad_theta l_i> for every example of `batch`, shape `[B]`."""
+
+    def losses(p):
+        return curvatures.losses_per_example(loss_fn, p, batch)
+
+    return jax.jvp(losses, (params,), (direction,))[1]
+
+
+def _direction(params, ihvp):
+    """Returns both in at least float32, after checking that they have the same shapes."""
+    if isinstance(ihvp, solvers.Solution):
+        raise ValueError("ihvp is a Solution: pass its .value, once you know that it converged")
+    params = curvatures.at_least_float32(_check_floating(params, "params"))
+    want, got = (
+        {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, ihvp))
+    )
+    if jax.tree.structure(params) != jax.tree.structure(ihvp) or want != got:
+        differing = sorted(k for k in want.keys() | got.keys() if want.get(k) != got.get(k))
+        listing = "; ".join(
+            f"{k or 'the array'}: params {want.get(k)}, ihvp {got.get(k)}" for k in differing
+        )
+        raise ValueError(f"ihvp must be shaped like params; {listing or 'containers differ'}")
+    return params, curvatures.cast_like(ihvp, params)
+
+
+def _check_floating(tree, name, advice="differentiate floating-point arrays only"):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = jnp.asarray(leaf).dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            path = name + jax.tree_util.keystr(path)
+            raise TypeError(f"{path} must be floating point, got {dtype}: {advice}")
+    return jax.tree.map(jnp.asarray, tree)
