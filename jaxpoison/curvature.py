@@ -60,7 +60,7 @@ def hessian(loss_fn: LossFn) -> Curvature:
 def gauss_newton(
     output_fn: Callable[[Params, Any], Any], output_loss: Callable[[Any, Any], jax.Array]
 ) -> Curvature:
-    """Returns the generalised Gauss-Newton matrix of `output_loss(output_fn(params, inputs), targets)`.
+    """Returns the generalised Gauss-Newton matrix of a loss on the outputs of a network.
 
     The product is J^T (H_out (J u)): a forward-mode pass, the true Hessian of the loss on the
     outputs (forward-mode over its gradient), and a reverse-mode pass.

@@ -80,7 +80,11 @@ def group_ihvp(
             curvature, params, train, sample_key, batch_size=batch_size, axis_name=axis_name
         )
 
-    return solver(matvec, rhs, sample=sample, key=key)
+    solution = solver(matvec, rhs, sample=sample, key=key)
+    # Equal on all devices already. Averaging makes its cotangents equal too, as the transposed
+    # solve needs where nobody checks them (`pmap`): its products are means over devices.
+    value = curvatures.device_local(solution.value, axis_name=axis_name)
+    return solution._replace(value=curvatures.mean_over_devices(value, axis_name))
 
 
 def group_gradient(

@@ -10,6 +10,7 @@ one more solve with the same solver, not a walk back through the iterations.
 used by Koh & Liang 2017 (arXiv:1703.04730) and HINT (arXiv:2309.08549).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from jaxpoison.curvature import LinearMap, Params, at_least_float32, device_local, varying_axes
+from jaxpoison.curvature import LinearMap, Params, at_least_float32, device_local
 
 SampleProduct = Callable[[jax.Array, int], LinearMap]
 
@@ -395,10 +396,12 @@ def _solve(matvec: LinearMap, rhs: Params, damping: float, run: Callable) -> Sol
 
     rhs = at_least_float32(rhs)
     rhs = device_local(rhs, jax.eval_shape(damped, rhs))
-    value, (num_steps, converged) = lax.custom_linear_solve(
-        damped, rhs, run, symmetric=True, has_aux=True
-    )
-    value = jax.tree.map(_restore_replication, value, rhs)
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        solve = _solve_implicitly
+    else:
+        solve = functools.partial(lax.custom_linear_solve, symmetric=True, has_aux=True)
+    value, (num_steps, converged) = solve(damped, rhs, run)
+
     # Evidence is not differentiated: sqrt has no derivative at an exact solution.
     x, v = lax.stop_gradient((value, rhs))
     error = _norm(jax.tree.map(jnp.subtract, lax.stop_gradient(damped(x)), v))
@@ -407,15 +410,33 @@ def _solve(matvec: LinearMap, rhs: Params, damping: float, run: Callable) -> Sol
     return Solution(value, residual, num_steps, converged, jnp.full((), jnp.nan))
 
 
-def _restore_replication(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Marks `x` as equal on all devices where `like` is.
+def _solve_implicitly(damped: LinearMap, rhs: Params, run: Callable) -> Any:
+    """Does what a symmetric `lax.custom_linear_solve` does, in reverse mode only.
 
-    Under `shard_map` with checks `custom_linear_solve` types its result as varying over every axis
-    over which anything that the matvec closes over varies. The values are equal, so their mean
-    changes nothing but the type, and its transpose is what the derivative needs.
+    Inside `shard_map` that function marks all that the matvec closes over as varying over devices,
+    contradicting the types under which the matvec was traced. A `custom_vjp` leaves types alone.
     """
-    extra = tuple(varying_axes(x) - varying_axes(like))
-    return lax.pmean(x, extra) if extra else x
+    product, product_constants = jax.closure_convert(damped, rhs)
+    solve, solve_constants = jax.closure_convert(lambda v: run(damped, v), rhs)
+
+    @jax.custom_vjp
+    def implicit(product_constants, solve_constants, v):
+        del product_constants
+        return solve(v, *solve_constants)
+
+    def forward(product_constants, solve_constants, v):
+        solved = solve(v, *solve_constants)
+        return solved, (product_constants, solve_constants, solved[0])
+
+    def backward(saved, cotangent):  # A x = v, so dx = A^-1 (dv - dA x), and A is symmetric
+        product_constants, solve_constants, x = saved
+        adjoint, _ = solve(cotangent[0], *solve_constants)
+        _, pull = jax.vjp(lambda *constants: product(x, *constants), *product_constants)
+        constants_cotangent = pull(jax.tree.map(jnp.negative, adjoint))
+        return list(constants_cotangent), None, adjoint
+
+    implicit.defvjp(forward, backward)
+    return implicit(product_constants, solve_constants, rhs)
 
 
 def _dot(x: Params, y: Params) -> jax.Array:
