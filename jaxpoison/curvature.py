@@ -115,10 +115,10 @@ def product(
     num_chunks, take = chunks(batch, chunk_size)
 
     if num_chunks == 1:
-        local = curvature(params, batch, jnp.asarray(1.0 / num_examples))
+        local_product = curvature(params, batch, jnp.asarray(1.0 / num_examples))
     else:
 
-        def local(u):
+        def local_product(u, /):
             def add(total, index):
                 chunk, valid = take(index)
                 part = curvature(params, chunk, valid / num_examples)(u)
@@ -129,7 +129,7 @@ def product(
 
     def multiply(u):
         tangent = device_local(cast_like(u, params), params)
-        return mean_over_devices(local(tangent), axis_name)
+        return mean_over_devices(local_product(tangent), axis_name)
 
     return multiply
 

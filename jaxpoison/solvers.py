@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import core, lax
 from jax.flatten_util import ravel_pytree
 
 from jaxpoison.curvature import LinearMap, Params, at_least_float32, device_local
@@ -416,27 +416,41 @@ def _solve_implicitly(damped: LinearMap, rhs: Params, run: Callable) -> Any:
     Inside `shard_map` that function marks all that the matvec closes over as varying over devices,
     contradicting the types under which the matvec was traced. A `custom_vjp` leaves types alone.
     """
-    product, product_constants = jax.closure_convert(damped, rhs)
-    solve, solve_constants = jax.closure_convert(lambda v: run(damped, v), rhs)
+    product, product_constants = _hoist(damped, rhs)
+    solve, solve_constants = _hoist(lambda v: run(damped, v), rhs)
 
-    @jax.custom_vjp
     def implicit(product_constants, solve_constants, v):
         del product_constants
-        return solve(v, *solve_constants)
+        return solve(solve_constants, v)
 
     def forward(product_constants, solve_constants, v):
-        solved = solve(v, *solve_constants)
+        solved = solve(solve_constants, v)
         return solved, (product_constants, solve_constants, solved[0])
 
     def backward(saved, cotangent):  # A x = v, so dx = A^-1 (dv - dA x), and A is symmetric
         product_constants, solve_constants, x = saved
-        adjoint, _ = solve(cotangent[0], *solve_constants)
-        _, pull = jax.vjp(lambda *constants: product(x, *constants), *product_constants)
-        constants_cotangent = pull(jax.tree.map(jnp.negative, adjoint))
-        return list(constants_cotangent), None, adjoint
+        adjoint, _ = solve(solve_constants, cotangent[0])
+        _, pull = jax.vjp(lambda constants: product(constants, x), product_constants)
+        return pull(jax.tree.map(jnp.negative, adjoint))[0], None, adjoint
 
-    implicit.defvjp(forward, backward)
-    return implicit(product_constants, solve_constants, rhs)
+    differentiable = jax.custom_vjp(implicit)
+    differentiable.defvjp(forward, backward)
+    return differentiable(product_constants, solve_constants, rhs)
+
+
+def _hoist(fn: Callable, argument: Any) -> tuple[Callable, list[Any]]:
+    """Returns `hoisted(constants, argument)` and the constants: all arrays that `fn` closes over.
+
+    `jax.closure_convert` leaves integers and keys inside, which then leak out of `shard_map`.
+    """
+    closed, shape = jax.make_jaxpr(fn, return_shape=True)(argument)
+    structure = jax.tree.structure(shape)
+
+    def hoisted(constants, argument):
+        leaves = core.eval_jaxpr(closed.jaxpr, constants, *jax.tree.leaves(argument))
+        return structure.unflatten(leaves)
+
+    return hoisted, closed.consts
 
 
 def _dot(x: Params, y: Params) -> jax.Array:
@@ -460,7 +474,7 @@ def _rounding(x: jax.Array) -> float:
 def _check_positive(**values: Any) -> None:
     for name, value in values.items():
         # Traced values (a damping to differentiate by) cannot be looked at.
-        if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
+        if not isinstance(value, core.Tracer) and not np.all(np.asarray(value) > 0):
             raise ValueError(f"{name} must be positive, got {value}")
 
 
