@@ -1,0 +1,351 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+from problems import ravel, relative_error
+
+from jaxpoison import influence, solvers
+
+DAMPING = 0.5
+
+
+def quadratic(eigenvalues, seed=0):
+    """Returns a symmetric matrix with these eigenvalues, its matvec on a pytree, and a pytree."""
+    size = len(eigenvalues)
+    rng = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(rng.normal(size=(size, size)))
+    matrix = (basis * np.asarray(eigenvalues)) @ basis.T
+    rhs = rng.normal(size=size)
+
+    def tree(flat):
+        return {"a": flat[:2], "b": [flat[2:].reshape(-1, 1)]}
+
+    def matvec(u):
+        return tree(jnp.asarray(matrix, u["a"].dtype) @ jnp.concatenate([u["a"], u["b"][0][:, 0]]))
+
+    return matrix, matvec, tree(jnp.asarray(rhs, jnp.float32)), rhs
+
+
+EXACT = {
+    "cg": solvers.cg(damping=DAMPING),
+    "preconditioned": solvers.cg(
+        damping=DAMPING, preconditioner=lambda r: jax.tree.map(lambda x: x / 3, r)
+    ),
+    "cholesky": solvers.cholesky(damping=DAMPING, rows_at_once=4),
+    "lissa": solvers.lissa(damping=DAMPING, batch_size=None, num_steps=400),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_solution_equals_dense_solve(name):
+    matrix, matvec, rhs, flat = quadratic(np.linspace(0, 4, 9))
+    solution = jax.jit(lambda v: EXACT[name](matvec, v, key=jax.random.key(0)))(rhs)
+    want = np.linalg.solve(matrix + DAMPING * np.eye(9), flat)
+    assert relative_error(ravel(solution.value), want) < 1e-5
+    assert solution.converged
+    assert solution.residual < 1e-5
+    assert solution.num_steps.dtype == np.int32
+    assert jax.tree.structure(solution.value) == jax.tree.structure(rhs)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_residual_is_that_of_the_value(name):
+    matrix, matvec, rhs, _ = quadratic(np.linspace(0, 4, 9))
+    few = {
+        "cg": solvers.cg(damping=DAMPING, max_steps=2),
+        "preconditioned": solvers.cg(damping=DAMPING, max_steps=2, preconditioner=lambda r: r),
+        "cholesky": EXACT["cholesky"],
+        "lissa": solvers.lissa(damping=DAMPING, batch_size=None, num_steps=3, scale=6.0),
+    }[name]
+    solution = few(matvec, rhs)
+    error = (matrix + DAMPING * np.eye(9)) @ ravel(solution.value) - ravel(rhs)
+    want = np.linalg.norm(error) / np.linalg.norm(ravel(rhs))
+    np.testing.assert_allclose(solution.residual, want, rtol=1e-3, atol=1e-6)
+    if name in ("cg", "preconditioned"):
+        assert solution.num_steps == 2 and not solution.converged
+
+
+def test_solvers_stay_in_float64_where_it_is_on():
+    with jax.enable_x64(True):
+        matrix, matvec, rhs, flat = quadratic(np.linspace(0, 4, 9))
+        rhs = problems.float64(rhs)
+        for solver in (solvers.cg(damping=DAMPING, tolerance=1e-14), EXACT["cholesky"]):
+            solution = solver(matvec, rhs)
+            assert solution.residual.dtype == np.float64
+            want = np.linalg.solve(matrix + DAMPING * np.eye(9), ravel(rhs))
+            assert relative_error(ravel(solution.value), want) < 1e-13
+            assert solution.converged
+
+
+def test_half_precision_right_hand_side_is_solved_in_float32():
+    _, matvec, rhs, _ = quadratic(np.linspace(0, 4, 9))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), rhs)
+    solution = EXACT["cg"](matvec, half)
+    assert ravel(solution.value).dtype == np.float32
+    assert solution.residual < 1e-6
+
+
+def test_cg_reports_an_indefinite_system_and_a_larger_damping_cures_it():
+    _, matvec, rhs, _ = quadratic([-1.0, *np.linspace(0.1, 4, 8)])
+    solution = jax.jit(lambda v: solvers.cg(damping=0.5)(matvec, v))(rhs)
+    assert not solution.converged
+    assert np.isfinite(ravel(solution.value)).all()
+    assert np.isfinite(solution.residual)
+    assert solvers.cg(damping=1.5)(matvec, rhs).converged
+
+
+def test_cholesky_reports_an_indefinite_system():
+    _, matvec, rhs, _ = quadratic([-1.0, *np.linspace(0.1, 4, 8)])
+    assert not solvers.cholesky(damping=0.5)(matvec, rhs).converged
+    assert solvers.cholesky(damping=1.5)(matvec, rhs).converged
+
+
+def test_nan_is_not_convergence():
+    def broken(u):
+        return jax.tree.map(lambda x: x * jnp.nan, u)
+
+    rhs = {"a": jnp.ones(3)}
+    for solver in EXACT.values():
+        assert not solver(broken, rhs, key=jax.random.key(0)).converged
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_zero_right_hand_side_gives_zero(name):
+    _, matvec, rhs, _ = quadratic(np.linspace(0, 4, 9))
+    zero = jax.tree.map(jnp.zeros_like, rhs)
+    solution = EXACT[name](matvec, zero, key=jax.random.key(0))
+    np.testing.assert_array_equal(ravel(solution.value), 0)
+    assert solution.residual == 0 and solution.converged
+
+
+def test_preconditioner_saves_steps():
+    diagonal = jnp.logspace(0, 4, 200)
+
+    def solve(preconditioner):
+        solver = solvers.cg(damping=1e-3, tolerance=1e-4, preconditioner=preconditioner)
+        return solver(lambda u: diagonal * u, jnp.ones(200))
+
+    plain, helped = solve(None), solve(lambda r: r / diagonal)
+    assert plain.converged and helped.converged
+    assert helped.num_steps < 5 < plain.num_steps
+
+
+def test_identity_returns_the_right_hand_side_and_claims_no_residual():
+    _, matvec, rhs, _ = quadratic(np.linspace(0, 4, 9))
+    solution = solvers.identity()(matvec, rhs)
+    np.testing.assert_array_equal(ravel(solution.value), ravel(rhs))
+    assert np.isnan(solution.residual) and solution.converged and solution.num_steps == 0
+
+
+def authors_recursion(matrix, v, damp, scale, num_steps):
+    u = v
+    for _ in range(num_steps):
+        u = v + (1 - damp) * u - matrix @ u / scale
+    return u / scale
+
+
+def test_lissa_takes_the_same_steps_as_the_authors_code():
+    matrix, matvec, rhs, _ = quadratic(np.linspace(0, 40, 9))
+    solver = solvers.lissa_from_authors(damp=0.02, scale=30.0, num_steps=7, batch_size=None)
+    want = authors_recursion(matrix, ravel(rhs).astype(np.float64), 0.02, 30.0, 7)
+    assert relative_error(ravel(solver(matvec, rhs).value), want) < 1e-6
+
+
+def test_authors_damp_of_0_01_at_scale_50_is_a_damping_of_one_half():
+    dense = problems.dense(problems.softmax_head)
+    problem = problems.softmax_head()
+    solution = influence.group_ihvp(
+        problem.loss_fn,
+        problem.params,
+        problem.group,
+        problem.train,
+        solver=solvers.lissa_from_authors(damp=0.01, scale=50.0, batch_size=None, num_steps=1500),
+    )
+    assert relative_error(ravel(solution.value), dense.solve(0.5)) < 1e-3
+    assert relative_error(ravel(solution.value), dense.solve(0.01)) > 0.3
+    assert solution.residual < 1e-3 and solution.num_steps == 1500
+
+
+def run_lissa(key=None, problem_fn=problems.softmax_head, **settings):
+    problem = problem_fn()
+    key = jax.random.key(0) if key is None else key
+    solver = solvers.lissa(damping=DAMPING, **settings)
+    return influence.group_ihvp(
+        problem.loss_fn, problem.params, problem.group, problem.train, solver=solver, key=key
+    )
+
+
+def test_lissa_with_mini_batches_finds_its_scale_and_comes_near():
+    want = problems.dense(problems.softmax_head).solve(DAMPING)
+    one = jax.jit(lambda key: run_lissa(key, batch_size=16))(jax.random.key(1))
+    many = jax.jit(lambda key: run_lissa(key, batch_size=16, num_repeats=20))(jax.random.key(1))
+    assert one.converged and relative_error(ravel(one.value), want) < 0.15
+    assert many.converged and relative_error(ravel(many.value), want) < 0.03
+    largest = np.linalg.eigvalsh(problems.dense(problems.softmax_head).hessian)[-1]
+    assert one.top_eigenvalue >= largest  # of mini-batches: at least that of their mean
+
+
+def test_lissa_is_reproducible_by_its_key():
+    first, again, other = (run_lissa(jax.random.key(i), num_steps=50) for i in (1, 1, 2))
+    np.testing.assert_array_equal(ravel(first.value), ravel(again.value))
+    assert not np.array_equal(ravel(first.value), ravel(other.value))
+
+
+def test_lissa_survives_skewed_features_with_its_own_scale():
+    solution = jax.jit(lambda key: run_lissa(key, problems.mnist_head, batch_size=8))(
+        jax.random.key(0)
+    )
+    assert np.isfinite(ravel(solution.value)).all() and solution.residual < 1
+
+
+@pytest.mark.parametrize("num_steps", [20, 2000])
+def test_diverging_lissa_says_so(num_steps):
+    solution = run_lissa(scale=0.05, num_steps=num_steps, batch_size=16)
+    assert not solution.converged
+    assert not solution.residual < 1
+    with pytest.raises(solvers.DivergedError, match="the test's ihvp did not converge") as error:
+        solvers.require_converged(solution, "the test's ihvp")
+    assert "raise scale tenfold" in str(error.value)
+    assert isinstance(error.value, RuntimeError)
+
+
+def test_require_converged_passes_solutions_on_and_advises_on_slow_ones():
+    _, matvec, rhs, _ = quadratic(np.linspace(0, 4, 9))
+    solution = EXACT["cg"](matvec, rhs)
+    assert solvers.require_converged(solution) is solution
+    slow = solvers.cg(damping=DAMPING, max_steps=1)(matvec, rhs)
+    with pytest.raises(solvers.DivergedError, match=r"relative residual 0\.\d+ after 1 steps"):
+        solvers.require_converged(slow)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), solution, slow)
+    with pytest.raises(solvers.DivergedError, match=r"\(1 of 2 systems\)"):
+        solvers.require_converged(stacked)
+    top = slow._replace(top_eigenvalue=jnp.float32(3.5))
+    with pytest.raises(solvers.DivergedError, match=r"largest eigenvalue met is about 3\.5"):
+        solvers.require_converged(top)
+
+
+@pytest.mark.parametrize("eigenvalues", [np.linspace(0, 4, 9), [-5.0, *np.linspace(0, 4, 8)]])
+def test_power_iteration_approaches_the_largest_absolute_eigenvalue_from_below(eigenvalues):
+    _, matvec, rhs, _ = quadratic(eigenvalues)
+    largest = np.max(np.abs(eigenvalues))
+    few, many = (
+        solvers.power_iteration(matvec, rhs, jax.random.key(0), n) for n in (1, 200)
+    )
+    assert few <= largest * (1 + 1e-6)
+    np.testing.assert_allclose(many, largest, rtol=1e-4)
+    zero = solvers.power_iteration(lambda u: jax.tree.map(jnp.zeros_like, u), rhs, jax.random.key(0))
+    assert zero == 0
+
+
+@pytest.mark.parametrize("name", ["cg", "cholesky", "lissa"])
+def test_solution_passes_through_vmap_and_grad(name):
+    matrix, matvec, rhs, _ = quadratic(np.linspace(0, 4, 9))
+
+    def solve(damping, v):
+        solver = {
+            "cg": lambda: solvers.cg(damping=damping, tolerance=1e-7),
+            "cholesky": lambda: solvers.cholesky(damping=damping),
+            "lissa": lambda: solvers.lissa(
+                damping=damping, scale=5.0, batch_size=None, num_steps=500
+            ),
+        }[name]()
+        return solver(matvec, v)
+
+    dampings = jnp.array([0.3, 2.0])
+    several = jax.jit(jax.vmap(solve, in_axes=(0, None)))(dampings, rhs)
+    assert several.residual.shape == several.converged.shape == (2,)
+    assert several.converged.all()
+    for i, damping in enumerate(dampings):
+        inverse = np.linalg.inv(matrix + float(damping) * np.eye(9))
+        value = jax.tree.map(lambda x, i=i: x[i], several.value)
+        assert relative_error(ravel(value), inverse @ ravel(rhs)) < 1e-5
+        by_damping, by_rhs = jax.grad(
+            lambda d, v: sum(jnp.sum(x) for x in jax.tree.leaves(solve(d, v).value)), (0, 1)
+        )(damping, rhs)
+        assert relative_error(ravel(by_rhs), inverse.sum(0)) < 1e-5
+        np.testing.assert_allclose(
+            by_damping, -inverse.sum(0) @ inverse @ ravel(rhs), rtol=1e-4
+        )
+        _, forward = jax.jvp(lambda d: ravel_sum(solve(d, rhs).value), (damping,), (1.0,))
+        np.testing.assert_allclose(forward, by_damping, rtol=1e-4)
+
+
+def ravel_sum(tree):
+    return sum(jnp.sum(x) for x in jax.tree.leaves(tree))
+
+
+def test_cg_solves_the_mnist_head_in_few_steps():
+    problem = problems.mnist_head()
+    solve = jax.jit(
+        lambda p: influence.group_ihvp(
+            problem.loss_fn, p, problem.group, problem.train, solver=EXACT["cg"]
+        )
+    )
+    solution = solve(problem.params)
+    assert solution.converged
+    # The rank of the Hessian is at most 304 * 9; far fewer of its eigenvalues stand out of 0.5.
+    assert solution.num_steps < 200
+
+
+def test_linearised_once_the_loop_of_cg_holds_no_forward_pass():
+    problem = problems.softmax_head()
+
+    def solve(chunk_size):
+        jaxpr = jax.make_jaxpr(
+            lambda p, t: influence.group_ihvp(
+                problem.loss_fn, p, problem.group, t, solver=EXACT["cg"], chunk_size=chunk_size
+            )
+        )(problem.params, problem.train)
+        return "\n".join(str(body) for body in bodies_of_while(jaxpr.jaxpr))
+
+    assert " log " not in solve(None)  # of logsumexp
+    assert " log " in solve(16)
+
+
+def bodies_of_while(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "while":
+            yield equation.params["body_jaxpr"]
+        else:
+            for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
+                if hasattr(value, "jaxpr"):
+                    yield from bodies_of_while(value.jaxpr)
+
+
+def test_errors_say_what_is_wrong():
+    _, matvec, rhs, _ = quadratic(np.linspace(0, 4, 9))
+    for factory in (solvers.cg, solvers.cholesky, solvers.lissa):
+        for damping in (0.0, -1.0, np.nan):
+            with pytest.raises(ValueError, match="damping must be positive"):
+                factory(damping=damping)
+    with pytest.raises(ValueError, match="tolerance must be positive"):
+        solvers.cg(damping=1.0, tolerance=0.0)
+    with pytest.raises(ValueError, match="max_steps must be at least 1"):
+        solvers.cg(damping=1.0, max_steps=0)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        solvers.lissa(damping=1.0, scale=-1.0)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        solvers.lissa_from_authors(scale=0.0)
+    with pytest.raises(ValueError, match="damp must be positive"):
+        solvers.lissa_from_authors(damp=0.0)
+    for name in ("num_steps", "num_repeats", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+            solvers.lissa(damping=1.0, **{name: 0})
+    with pytest.raises(ValueError, match="num_steps must be at least 1"):
+        solvers.power_iteration(matvec, rhs, jax.random.key(0), 0)
+    with pytest.raises(ValueError, match=r"9 x 9 .*use cg, or raise max_size=8"):
+        solvers.cholesky(damping=1.0, max_size=8)(matvec, rhs)
+    with pytest.raises(ValueError, match=r"for a bare matvec choose batch_size=None"):
+        solvers.lissa(damping=1.0)(matvec, rhs, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"pass a PRNG key, as in key=jax.random.key\(0\)"):
+        solvers.lissa(damping=1.0, batch_size=None)(matvec, rhs)
+    with pytest.raises(ValueError, match=r"pass a PRNG key"):
+        problem = problems.softmax_head()
+        influence.group_ihvp(
+            problem.loss_fn,
+            problem.params,
+            problem.group,
+            problem.train,
+            solver=solvers.lissa(damping=1.0, scale=10.0),
+        )
