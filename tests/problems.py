@@ -1,4 +1,4 @@
-"""Small problems with answers known densely in float64, and the ways in which to call a function."""
+"""Small problems with answers known densely in float64, and the ways to call a function."""
 
 import functools
 from collections.abc import Callable
@@ -218,17 +218,13 @@ def _stacked_shards(tree, num_devices=8):
 
 
 def pmap(fn, params, group, train):
-    mapped = jax.pmap(
-        lambda p, g, t: fn(p, g, t, "data"), axis_name="data", in_axes=(None, 0, 0)
-    )
+    mapped = jax.pmap(lambda p, g, t: fn(p, g, t, "data"), axis_name="data", in_axes=(None, 0, 0))
     out = mapped(params, *map(_stacked_shards, (group, train)))
     return jax.tree.map(lambda x: x[3], out)
 
 
 def named_vmap(fn, params, group, train):
-    mapped = jax.vmap(
-        lambda p, g, t: fn(p, g, t, "data"), axis_name="data", in_axes=(None, 0, 0)
-    )
+    mapped = jax.vmap(lambda p, g, t: fn(p, g, t, "data"), axis_name="data", in_axes=(None, 0, 0))
     out = jax.jit(mapped)(params, *map(_stacked_shards, (group, train)))
     return jax.tree.map(lambda x: x[3], out)
 

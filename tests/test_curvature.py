@@ -83,9 +83,7 @@ def test_product_does_not_depend_on_chunk_size_or_order(kind, chunk_size):
     shuffled = jax.tree.map(lambda x: x[order], problem.train)
     whole = curvature.product(kind_of(problem, kind), problem.params, problem.train)(u)
     chunked = jax.jit(
-        curvature.product(
-            kind_of(problem, kind), problem.params, shuffled, chunk_size=chunk_size
-        )
+        curvature.product(kind_of(problem, kind), problem.params, shuffled, chunk_size=chunk_size)
     )(u)
     assert relative_error(ravel(chunked), ravel(whole)) < 2e-6
 
@@ -139,10 +137,10 @@ def test_minibatch_products_average_to_the_whole_and_differ_between_devices():
             kind, problem.params, train, key, batch_size=8, axis_name=axis_name
         )(u)
 
-    keys = jax.random.split(jax.random.key(0), 4000)
+    keys = jax.random.split(jax.random.key(0), 2000)
     mean = jax.tree.map(lambda x: x.mean(0), jax.jit(jax.vmap(one))(keys))
     want = problems.dense(problems.softmax_head).hessian @ ravel(u)
-    assert relative_error(ravel(mean), want) < 0.02
+    assert relative_error(ravel(mean), want) < 0.03
 
     # The same examples on each of 8 devices: equal draws would give one mini-batch of 8.
     same = functools.partial(one, keys[0], "data", problem.train)
