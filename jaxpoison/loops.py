@@ -1,0 +1,104 @@
+"""Loops over batches, in the form that the backend runs fast: decided here and nowhere else.
+
+On an accelerator a loop is one `lax.scan` under one `jit`: no host work between steps. XLA's CPU
+backend compiles a convolution inside a loop to a generic kernel (a filter gradient becomes about
+30 times slower), so there the same step is compiled once and driven from the host. Both forms run
+the same step on the same values.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpoison import parallel
+
+Step = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def steps_from_host() -> bool:
+    """Returns True where the host drives each step: on CPU."""
+    return jax.default_backend() == "cpu"
+
+
+def scan(step: Step) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """Returns `run(constants, carry, xs) -> (carry, ys)`, the fold of `step` over `xs`.
+
+    Args:
+      step: `step(constants, carry, x) -> (carry, y)`; pure; `y` a pytree of arrays.
+
+    Returns:
+      A compiled function of `constants` (any pytree, the same at every step), `carry` (donated:
+      its buffers are gone after the call) and `xs` (leading axis: steps). `ys` are stacked along
+      a new leading axis. `steps_from_host()` is asked at each call.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def whole(constants, carry, xs):
+        return jax.lax.scan(functools.partial(step, constants), carry, xs)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def single(constants, carry, xs, index):
+        return step(constants, carry, jax.tree.map(lambda x: x[index], xs))
+
+    stack = jax.jit(lambda ys: jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys))
+
+    def run(constants, carry, xs):
+        num_steps = jax.tree.leaves(xs)[0].shape[0]
+        if num_steps == 0 or not steps_from_host():
+            return whole(constants, carry, xs)
+        ys = []
+        for index in range(num_steps):
+            carry, y = single(constants, carry, xs, index)
+            ys.append(y)
+        return carry, stack(ys) if jax.tree.leaves(ys) else ys[0]
+
+    return run
+
+
+def map_batches(
+    fn: Callable[[Any, Any], Any], *, batch_size: int, mesh: jax.sharding.Mesh
+) -> Callable[[Any, Any], Any]:
+    """Returns `run(constants, xs) -> ys`, `fn` applied to all examples a batch at a time.
+
+    Memory beyond inputs and outputs stays that of one batch. The last batch is filled up by
+    repeating the last example, whose extra outputs are dropped; so `fn` must treat examples one
+    by one (a network in evaluation mode does).
+
+    Args:
+      fn: `fn(constants, batch) -> outputs`; leading axis of both: examples.
+      batch_size: examples a call of `fn`; rounded up to a multiple of the number of devices.
+      mesh: devices over which each batch is spread.
+    """
+
+    def step(constants, carry, batch):
+        return carry, fn(constants, parallel.constrain_examples(batch, mesh))
+
+    apply = scan(step)
+
+    def run(constants, xs):
+        num_examples = jax.tree.leaves(xs)[0].shape[0]
+        size = math.ceil(min(batch_size, num_examples) / mesh.size) * mesh.size
+        num_batches = math.ceil(num_examples / size)
+        _, ys = apply(constants, (), _fold(xs, size, num_batches))
+        return _unfold(ys, num_examples)
+
+    return run
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _fold(xs, size, num_batches):
+    def fold(x):
+        missing = size * num_batches - x.shape[0]
+        x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
+        return x.reshape(num_batches, size, *x.shape[1:])
+
+    return jax.tree.map(fold, xs)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unfold(ys, num_examples):
+    return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:num_examples], ys)

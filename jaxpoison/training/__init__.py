@@ -1,0 +1,11 @@
+"""Training an image classifier on one device or many, with a defence in the loop."""
+
+from jaxpoison.training.checkpoints import Checkpoints as Checkpoints
+from jaxpoison.training.evaluation import Evaluator as Evaluator
+from jaxpoison.training.evaluation import evaluator as evaluator
+from jaxpoison.training.fit import fit as fit
+from jaxpoison.training.recipe import CIFAR10 as CIFAR10
+from jaxpoison.training.recipe import MNIST as MNIST
+from jaxpoison.training.recipe import Recipe as Recipe
+from jaxpoison.training.state import TrainState as TrainState
+from jaxpoison.training.state import init_state as init_state

@@ -1,0 +1,95 @@
+"""Checkpoints of a training run in a folder (Orbax), such that a killed run goes on where it was."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+
+class Checkpoints:
+    """The newest state of one run, kept in `folder`.
+
+    A checkpoint appears whole or not at all, so a run may be killed at any moment.
+
+    Args:
+      folder: where checkpoints live; made if missing.
+      every: epochs from one checkpoint to the next.
+      identity: text that says which run this is, e.g. its configuration. A folder that holds
+        another run's checkpoints is an error, never continued from.
+
+    Raises:
+      PermissionError: if `folder` cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, every: int, identity: str):
+        if every < 1:
+            raise ValueError(f"every must be at least one epoch, not {every}")
+        self.folder = Path(folder).absolute()
+        self.every = every
+        self.identity = identity
+        check_writable(self.folder)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.LatestN(1), enable_async_checkpointing=False
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, epoch: int, tree: Any) -> None:
+        """Saves `tree` (a pytree of arrays) as the state after `epoch` finished epochs."""
+        self._manager.save(
+            epoch,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(tree), identity=ocp.args.JsonSave(self.identity)
+            ),
+        )
+
+    def restore(self, like: Any) -> tuple[int, Any]:
+        """Returns (finished epochs, state) of the newest checkpoint, (0, like) if there is none.
+
+        Args:
+          like: a state of the same run: structure, shapes, types and placement to restore to.
+
+        Raises:
+          ValueError: if the checkpoint is broken or belongs to another run.
+        """
+        epoch = self._manager.latest_step()
+        if epoch is None:
+            return 0, like
+        # Each part by itself: the identity says why the state would not fit.
+        identity = self._read(epoch, identity=ocp.args.JsonRestore())
+        if identity != self.identity:
+            raise ValueError(
+                f"{self.folder} holds a checkpoint of another run:\n  there: {identity}\n"
+                f"  here:  {self.identity}\nchoose another folder, or delete this one to start anew"
+            )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return epoch, self._read(epoch, state=ocp.args.StandardRestore(abstract))
+
+    def _read(self, epoch, **item):
+        (name,) = item
+        try:
+            return self._manager.restore(epoch, args=ocp.args.Composite(**item))[name]
+        except Exception as error:  # Orbax raises many kinds for a file that is damaged or gone
+            raise ValueError(
+                f"the checkpoint {self.folder / str(epoch)} cannot be read "
+                f"({type(error).__name__}: {error}); delete {self.folder} to start the run anew"
+            ) from error
+
+    def close(self) -> None:
+        """Releases Orbax's threads."""
+        self._manager.close()
+
+
+def check_writable(folder: Path) -> None:
+    """Makes `folder` and raises PermissionError with a clear text if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write to {folder} ({error.strerror}): choose another folder"
+        ) from error

@@ -1,0 +1,164 @@
+"""Trains a classifier on a data set that stays on the device, an epoch at a time.
+
+On an accelerator an epoch is one compiled scan; on CPU the same step is driven from the host (see
+`jaxpoison.loops`). All randomness comes from one key, folded with the epoch for the order of the
+examples and with the step for augmentation, so a resumed run repeats what the killed one would
+have done.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxpoison import loops, parallel, solvers
+from jaxpoison.data import Dataset, check, random_translate_flip, to_float
+from jaxpoison.defenses.base import Defense, none
+from jaxpoison.models import Classifier
+from jaxpoison.training import recipe as recipes
+from jaxpoison.training.checkpoints import Checkpoints
+from jaxpoison.training.evaluation import accuracy, evaluator
+from jaxpoison.training.recipe import Recipe
+from jaxpoison.training.state import TrainState, init_state
+
+Report = Callable[[int, dict[str, Any]], None]
+
+
+def fit(
+    model: Classifier,
+    recipe: Recipe,
+    train: Dataset,
+    *,
+    key: jax.Array,
+    test: Dataset | None = None,
+    defense: Defense | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    checkpoints: Checkpoints | None = None,
+    report: Report | None = None,
+) -> TrainState:
+    """Returns the state after `recipe.epochs` epochs.
+
+    Args:
+      model: the network.
+      recipe: epochs, batch size, optimiser, augmentation.
+      train: N labelled images, possibly poisoned; placed on the device once.
+      key: typed PRNG key; initial weights, order, augmentation and the defence follow from it.
+      test: if given, accuracy on it is reported after each epoch; nothing is chosen by it.
+      defense: what to do against poisons; default nothing.
+      mesh: devices to use; default all. The batch size must divide by their number.
+      checkpoints: if given, the run continues from the newest one and saves as it goes.
+      report: called after each epoch as `report(epoch, metrics)`, epochs counted from 0. Metrics
+        are floats (`loss`, `train_accuracy`, `test_accuracy`, `seconds` of training,
+        `defense_seconds`, and what the defence logged), and `chosen` (bool array [N]) where the
+        defence singled examples out.
+
+    Raises:
+      ValueError: for bad images or labels, or sizes that do not fit. DivergedError: if the loss
+        is not finite after an epoch.
+    """
+    check(train, model.num_classes)
+    if test is not None:
+        check(test, model.num_classes, "test set")
+    mesh = parallel.data_mesh() if mesh is None else mesh
+    defense = none() if defense is None else defense
+    parallel.check_divisible(recipe.batch_size, mesh)
+    steps_per_epoch = recipes.steps_per_epoch(recipe, len(train.labels))
+    optimizer = recipes.optimizer(recipe, steps_per_epoch)
+    init_key, data_key, defense_key = jax.random.split(key, 3)
+
+    train = parallel.replicate(train, mesh)
+    state = parallel.replicate(init_state(model, optimizer, init_key, train.images.shape[1:]), mesh)
+    defense_state = defense.init(defense_key, train)
+    first_epoch = 0
+    if checkpoints is not None:
+        first_epoch, (state, defense_state) = checkpoints.restore((state, defense_state))
+
+    run_epoch = loops.scan(train_step(model, recipe, optimizer, defense, mesh))
+    predict = evaluator(model, mesh=mesh)
+    test = None if test is None else parallel.replicate(test, mesh)
+    for epoch in range(first_epoch, recipe.epochs):
+        start = time.perf_counter()
+        defense_state, dataset, info = defense.on_epoch(defense_state, epoch, state, train)
+        chosen = info.pop("chosen", None)
+        metrics = {name: float(value) for name, value in info.items()}
+        if chosen is not None:
+            metrics["chosen"] = np.asarray(chosen)
+        metrics["defense_seconds"] = time.perf_counter() - start
+        order = epoch_order(data_key, epoch, len(dataset.labels), recipe.batch_size)
+        state, steps = run_epoch((dataset, defense_state, data_key), state, order)
+        means = jax.tree.map(lambda values: float(jnp.mean(values)), steps)
+        metrics |= means | {"seconds": time.perf_counter() - start}
+        if not np.isfinite(means["loss"]):
+            raise solvers.DivergedError(
+                f"the training loss is {means['loss']} after epoch {epoch}: "
+                "try a smaller learning rate"
+            )
+        if test is not None:
+            metrics["test_accuracy"] = accuracy(predict, state.variables, test)
+        finished = epoch + 1
+        if report is not None:
+            report(epoch, metrics)
+        if checkpoints is not None and (
+            finished % checkpoints.every == 0 or finished == recipe.epochs
+        ):
+            checkpoints.save(finished, (state, defense_state))
+    return state
+
+
+def train_step(
+    model: Classifier,
+    recipe: Recipe,
+    optimizer: optax.GradientTransformation,
+    defense: Defense,
+    mesh: jax.sharding.Mesh,
+) -> loops.Step:
+    """Returns `step((dataset, defense_state, key), train_state, indices [B])`, for `loops.scan`.
+
+    The batch is spread over `mesh`; means over it, BatchNorm's included, are over all of it.
+    """
+
+    def augment(key, images):
+        if recipe.max_shift == 0 and not recipe.flip:
+            return images
+        keys = jax.random.split(key, len(images))
+        return random_translate_flip(
+            keys, images, max_shift=recipe.max_shift, fill=jnp.asarray(model.mean), flip=recipe.flip
+        )
+
+    def step(constants, state, indices):
+        dataset, defense_state, key = constants
+        augment_key, defense_key = jax.random.split(jax.random.fold_in(key, state.step))
+        images, labels = parallel.constrain_examples(
+            (to_float(dataset.images[indices]), dataset.labels[indices]), mesh
+        )
+        batch = Dataset(augment(augment_key, images), labels)
+        batch = defense.on_batch(defense_state, defense_key, state, batch)
+
+        def loss_fn(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, updates = model.apply(
+                variables, batch.images, train=True, mutable=["batch_stats"]
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+            hits = jnp.argmax(logits, axis=-1) == batch.labels
+            return jnp.mean(losses), (jnp.mean(hits), updates["batch_stats"])
+
+        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (hits, batch_stats)), gradient = gradient_fn(state.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        state = TrainState(state.step + 1, params, batch_stats, opt_state)
+        return state, {"loss": loss, "train_accuracy": hits}
+
+    return step
+
+
+def epoch_order(key: jax.Array, epoch: int, num_examples: int, batch_size: int) -> jax.Array:
+    """Returns the example indices of each step of an epoch, int32 [steps, batch_size]."""
+    order = jax.random.permutation(jax.random.fold_in(key, 2**31 + epoch), num_examples)
+    num_steps = num_examples // batch_size
+    return order[: num_steps * batch_size].reshape(num_steps, batch_size)
