@@ -13,9 +13,11 @@ it a network or one last layer over cached features. Neither per-example gradien
 derivative are ever formed: <s, grad_theta l(z)> is the derivative of l along s, so scores are one
 `jax.jvp` and pixel maps are one `jax.grad` of its sum.
 
-Everything is pure and may be put under `jit`, `vmap`, `grad`, `shard_map` or `pmap`. On GPU and TPU
-matrix products are rounded to fewer than 24 bits by default, which bounds what a solver can reach:
-wrap calls in `jax.default_matmul_precision("highest")` where that matters.
+Everything is pure and may be put under `jit`, `vmap`, `grad`, `shard_map` or `pmap`; `jit` over
+sharded arrays wants a mesh of `AxisType.Auto` axes, because gathers and padding of sharded arrays
+are ambiguous on `Explicit` ones (the default of `jax.make_mesh`). On GPU and TPU matrix products
+are rounded to fewer than 24 bits by default, which bounds what a solver can reach: wrap calls in
+`jax.default_matmul_precision("highest")` where that matters.
 """
 
 from typing import Any
