@@ -1,0 +1,195 @@
+"""A poisoned training set, which of its examples is poisoned by what, and its archive.
+
+An archive is one `.npz` without pickled objects:
+
+| entry | type | content |
+|---|---|---|
+| `images` | float32 [N,H,W,C], or uint8 if saved so | pixels in [0,1], or 0..255 |
+| `labels` | int32 [N] | the labels as published with the images |
+| `attack_id` | int8 [N] | 0 = clean, k = the k-th of the attack names |
+| `config` | text, JSON | `{"attacks": [{"name", "epsilon", ...}], ...}` and what the caller added |
+"""
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpoison.attacks.untargeted import Attack, Victim
+from jaxpoison.data import Dataset, check, to_float
+
+Progress = Callable[[str, int, int], None]
+
+
+class PoisonedDataset(NamedTuple):
+    """A training set as an attacker hands it out, with the truth about it.
+
+    Attributes:
+      images: float32 [N, H, W, C] in [0, 1] (or uint8, from an archive saved so).
+      labels: int32 [N].
+      attack_id: int8 [N]; 0 where clean, k where poisoned by `attack_names[k - 1]`.
+      config: JSON-able settings that made it; `config["attacks"]` lists the attacks.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    attack_id: np.ndarray
+    config: dict[str, Any]
+
+    @property
+    def attack_names(self) -> tuple[str, ...]:
+        """Names of the attacks, in the order of their ids from 1."""
+        return tuple(attack["name"] for attack in self.config["attacks"])
+
+    @property
+    def is_poisoned(self) -> np.ndarray:
+        """bool [N]; only for reporting: no defence may see it."""
+        return self.attack_id > 0
+
+    @property
+    def dataset(self) -> Dataset:
+        """What the defender receives."""
+        return Dataset(self.images, self.labels)
+
+
+def mixture(
+    key: jax.Array,
+    clean: Dataset,
+    poison_ratio: float,
+    attacks: Sequence[Attack],
+    victim: Victim,
+    *,
+    progress: Progress | None = None,
+) -> PoisonedDataset:
+    """Returns `clean` with a share of `poison_ratio` poisoned, in equal parts by each attack.
+
+    The parts are disjoint, random and class-stratified: of every class the same share (up to one
+    example) goes to each attack. Labels stay as they are.
+
+    Args:
+      key: PRNG key; the choice of examples and the attacks' noise follow from it.
+      clean: N examples.
+      poison_ratio: p in [0, 1]; round(p N) examples are poisoned.
+      attacks: at least one if p > 0.
+      victim: network trained on clean data, against which the attacks are crafted.
+      progress: called as `progress(attack name, images done, images in all)`.
+
+    Raises:
+      ValueError: for p outside [0, 1], no attacks, or bad images or labels.
+    """
+    check(clean, victim.model.num_classes)
+    if not 0 <= poison_ratio <= 1:
+        raise ValueError(f"the poison ratio p must be in [0, 1], not {poison_ratio}")
+    if poison_ratio > 0 and not attacks:
+        raise ValueError("a poison ratio above 0 needs at least one attack")
+    choice_key, *craft_keys = jax.random.split(key, 1 + len(attacks))
+    attack_id = _assign(choice_key, np.asarray(clean.labels), poison_ratio, len(attacks))
+    images = np.array(to_float(clean.images))
+    for number, (attack, craft_key) in enumerate(zip(attacks, craft_keys, strict=True), start=1):
+        rows = np.flatnonzero(attack_id == number)
+        if len(rows):
+            images[rows] = attack.craft(
+                craft_key,
+                victim,
+                jnp.asarray(images[rows]),
+                jnp.asarray(clean.labels[rows]),
+                None if progress is None else _named(progress, attack.name),
+            )
+    config = {
+        "poison_ratio": poison_ratio,
+        "attacks": [
+            {"name": attack.name, "epsilon": attack.epsilon, **attack.settings}
+            for attack in attacks
+        ],
+    }
+    return PoisonedDataset(images, np.asarray(clean.labels, np.int32), attack_id, config)
+
+
+def save(path: str | os.PathLike, poisoned: PoisonedDataset, *, as_uint8: bool = False) -> None:
+    """Writes an archive; it appears whole or not at all.
+
+    Args:
+      path: file to write, `.npz`.
+      poisoned: the set.
+      as_uint8: round pixels to whole numbers of 255, as an image file would.
+    """
+    images = np.asarray(poisoned.images)
+    if as_uint8 and images.dtype != np.uint8:
+        images = np.round(images * 255).astype(np.uint8)
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as file:
+        np.savez_compressed(
+            file,
+            images=images,
+            labels=np.asarray(poisoned.labels, np.int32),
+            attack_id=np.asarray(poisoned.attack_id, np.int8),
+            config=np.array(json.dumps(poisoned.config)),
+        )
+    unfinished.replace(path)
+
+
+def load(path: str | os.PathLike, *, num_classes: int | None = None) -> PoisonedDataset:
+    """Reads an archive.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if the file is damaged, lacks an entry, or holds bad images or labels.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            entries = {name: archive[name] for name in archive.files}
+    except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is not a readable archive of poisons: {error}") from error
+    missing = {"images", "labels", "attack_id", "config"} - entries.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: not an archive of poisons")
+    try:
+        config = json.loads(str(entries["config"]))
+        num_attacks = len(config["attacks"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its config is not JSON with a list of attacks") from error
+    attack_id = entries["attack_id"]
+    dataset = Dataset(entries["images"], entries["labels"])
+    check(dataset, num_classes, str(path))
+    if attack_id.shape != dataset.labels.shape or not np.issubdtype(attack_id.dtype, np.integer):
+        raise ValueError(
+            f"{path}: attack_id is {attack_id.dtype} {attack_id.shape}, "
+            f"expected one integer for each of {len(dataset.labels)} images"
+        )
+    if attack_id.min() < 0 or attack_id.max() > num_attacks:
+        raise ValueError(f"{path}: attack_id must be in 0..{num_attacks}")
+    return PoisonedDataset(*dataset, attack_id, config)
+
+
+def _assign(key, labels, poison_ratio, num_attacks):
+    """Returns which attack each example gets: int8 [N], 0 for none."""
+    attack_id = np.zeros(len(labels), np.int8)
+    if poison_ratio == 0:
+        return attack_id
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    # Examples in an order in which every stretch has the same share of each class.
+    order = rng.permutation(len(labels))
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        place[rows] = (np.arange(len(rows)) + rng.random()) / len(rows)
+    spread = np.argsort(place, kind="stable")
+    num_poisoned = round(poison_ratio * len(labels))
+    bounds = [math.floor(i * num_poisoned / num_attacks) for i in range(num_attacks + 1)]
+    for number in range(num_attacks):
+        attack_id[spread[bounds[number] : bounds[number + 1]]] = number + 1
+    return attack_id
+
+
+def _named(progress, name):
+    return lambda done, total: progress(name, done, total)

@@ -1,0 +1,170 @@
+"""Untargeted (availability) attacks with clean labels: x' in [0,1], |x' - x| <= epsilon per pixel.
+
+    PGD   x' <- project(x' + step sign grad  CE(f(x'), y)),          from a random start
+    DAP   x' <- project(x' - step sign grad  CE(f(x'), y + 1 mod K)), from x
+    DURP  x' =  project(x + rho_y),   one rho_y ~ U(-epsilon, epsilon) for each class y
+
+PGD: Madry et al. 2018 (arXiv 1706.06083), used as training poison by Fowl et al. 2021
+(arXiv 2106.10807). DAP and DURP: types P1 and P5 of Tao et al. 2021 (arXiv 2102.04716).
+f is a network trained on clean data, in evaluation mode.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpoison import loops, parallel
+from jaxpoison.models import Classifier
+
+
+class Victim(NamedTuple):
+    """The network that an attack is crafted against.
+
+    Attributes:
+      model: the network.
+      variables: its trained `params` and `batch_stats`.
+    """
+
+    model: Classifier
+    variables: Any
+
+
+class CraftFn(Protocol):
+    """Returns poisoned images, float32 like `images`, from clean ones.
+
+    Args:
+      key: PRNG key.
+      victim: the network to craft against.
+      images: float32 [N, H, W, C] in [0, 1].
+      labels: int32 [N].
+      progress: called as `progress(done, total)` with numbers of images, or None.
+    """
+
+    def __call__(
+        self, key: jax.Array, victim: Victim, images: jax.Array, labels: jax.Array, progress=None
+    ) -> jax.Array: ...
+
+
+class Attack(NamedTuple):
+    """An attack.
+
+    Attributes:
+      name: short name, for archives and tables.
+      epsilon: largest absolute change of a pixel, in units of [0, 1].
+      craft: see `CraftFn`.
+      settings: numbers that define the attack, for archives.
+    """
+
+    name: str
+    epsilon: float
+    craft: CraftFn
+    settings: dict[str, float]
+
+
+def pgd(
+    *, epsilon: float, step: float | None = None, num_steps: int = 10, batch_size: int = 512
+) -> Attack:
+    """Returns projected gradient ascent on the cross-entropy of the true label.
+
+    Args:
+      epsilon: budget, in units of [0, 1].
+      step: size of a step; default 2/255, or epsilon / 4 where that cannot cross the budget in
+        `num_steps` (as on MNIST with epsilon = 0.3).
+      num_steps: gradient steps.
+      batch_size: images crafted at once.
+    """
+    _check_epsilon(epsilon)
+    if step is None:
+        step = 2 / 255 if num_steps * 2 / 255 >= epsilon else epsilon / 4
+
+    def start(key, images):
+        noise = jax.random.uniform(key, images.shape, minval=-epsilon, maxval=epsilon)
+        return jnp.clip(images + noise, 0.0, 1.0)
+
+    craft = _signed_descent(
+        start, lambda labels, num_classes: (labels, -1.0), epsilon, step, num_steps, batch_size
+    )
+    return Attack("pgd", epsilon, craft, {"step": step, "num_steps": num_steps})
+
+
+def dap(
+    *, epsilon: float, step: float | None = None, num_steps: int = 100, batch_size: int = 512
+) -> Attack:
+    """Returns descent on the cross-entropy of the next label: adversarial examples of class y + 1.
+
+    Args:
+      epsilon: budget, in units of [0, 1].
+      step: size of a step; default epsilon / 5.
+      num_steps: gradient steps.
+      batch_size: images crafted at once.
+    """
+    _check_epsilon(epsilon)
+    step = epsilon / 5 if step is None else step
+    craft = _signed_descent(
+        lambda key, images: jnp.array(images),  # a copy: the loop donates its carry
+        lambda labels, num_classes: ((labels + 1) % num_classes, 1.0),
+        epsilon,
+        step,
+        num_steps,
+        batch_size,
+    )
+    return Attack("dap", epsilon, craft, {"step": step, "num_steps": num_steps})
+
+
+def durp(*, epsilon: float) -> Attack:
+    """Returns class-wise random noise: one draw from U(-epsilon, epsilon) for each class."""
+    _check_epsilon(epsilon)
+
+    def craft(key, victim, images, labels, progress=None):
+        shape = (victim.model.num_classes, *images.shape[1:])
+        noise = jax.random.uniform(key, shape, minval=-epsilon, maxval=epsilon)
+        return jnp.clip(images + noise[labels], 0.0, 1.0)
+
+    return Attack("durp", epsilon, craft, {})
+
+
+def _signed_descent(start, objective, epsilon, step, num_steps, batch_size):
+    """Returns the `CraftFn` that descends sign * CE(f(x'), y'), with y', sign = objective(y, K)."""
+
+    def craft(key, victim, images, labels, progress=None):
+        mesh = parallel.data_mesh()
+        targets, sign = objective(labels, victim.model.num_classes)
+
+        def move(constants, current, _):
+            variables, images, targets = constants
+            images, current = parallel.constrain_examples((images, current), mesh)
+
+            def loss(x):
+                logits = victim.model.apply(variables, x)
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+                return sign * jnp.sum(losses)
+
+            moved = current - step * jnp.sign(jax.grad(loss)(current))
+            moved = jnp.clip(moved, images - epsilon, images + epsilon)
+            return jnp.clip(moved, 0.0, 1.0), ()
+
+        descend = loops.scan(move)
+        variables = parallel.replicate(victim.variables, mesh)
+        num_images = len(images)
+        size = min(batch_size, num_images) + (-min(batch_size, num_images)) % mesh.size
+        crafted = []
+        for first in range(0, num_images, size):
+            rows = jnp.minimum(jnp.arange(first, first + size), num_images - 1)
+            begin = start(jax.random.fold_in(key, first), images[rows])
+            done, _ = descend(
+                (variables, images[rows], targets[rows]), begin, jnp.arange(num_steps)
+            )
+            crafted.append(done[: num_images - first])
+            if progress is not None:
+                jax.block_until_ready(done)
+                progress(min(first + size, num_images), num_images)
+        return jnp.concatenate(crafted)
+
+    return craft
+
+
+def _check_epsilon(epsilon):
+    if not 0 < epsilon <= 1:
+        raise ValueError(f"epsilon is in units of pixels in [0, 1], not {epsilon}")
