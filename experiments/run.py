@@ -1,0 +1,158 @@
+"""A run's folder: its configuration, its metrics, its results, and progress on the terminal.
+
+config.json     the configuration, written first; another one in the same folder is an error
+metrics.jsonl   one line per epoch of each cell; lines after a resumed checkpoint are replaced
+cells/          one JSON per finished cell, so that running again does only what is missing
+result.json     everything that a table needs, with versions, device and commit
+"""
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jaxpoison.training.checkpoints import check_writable
+
+
+class Run:
+    """The folder of one run.
+
+    Raises:
+      PermissionError: if the folder cannot be written to.
+      ValueError: if it holds a run with another configuration.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        self.folder = Path(folder)
+        check_writable(self.folder)
+        (self.folder / "cells").mkdir(exist_ok=True)
+        path = self.folder / "config.json"
+        config = json.loads(json.dumps(config, default=str))
+        if path.exists():
+            there = json.loads(path.read_text())
+            differing = [name for name in config if config[name] != there.get(name)]
+            if differing:
+                raise ValueError(
+                    f"{self.folder} holds a run with another configuration "
+                    f"({', '.join(f'{name}: {there.get(name)!r}' for name in differing)}): "
+                    "choose another --run-dir, or delete it to start anew"
+                )
+        write_json(path, config)
+        self.config = config
+
+    def finished(self, cell: str) -> dict[str, Any] | None:
+        """Returns what `finish` wrote for this cell, None if it has not finished."""
+        path = self.folder / "cells" / f"{cell}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def finish(self, cell: str, row: dict[str, Any]) -> None:
+        """Records a cell as done."""
+        write_json(self.folder / "cells" / f"{cell}.json", row)
+
+    def log(self, cell: str, epoch: int, metrics: dict[str, float]) -> None:
+        """Appends a line of metrics; replaces what a killed run logged from this epoch on."""
+        path = self.folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in _whole_lines(path)]
+        kept = [line for line in lines if line["cell"] != cell or line["epoch"] < epoch]
+        entry = {"cell": cell, "epoch": epoch, **metrics}
+        if len(kept) == len(lines):
+            with path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        else:
+            text = "".join(json.dumps(line) + "\n" for line in [*kept, entry])
+            _replace(path, text)
+
+    def metrics(self, cell: str) -> list[dict[str, float]]:
+        """Returns the logged lines of a cell, in order of epochs."""
+        lines = map(json.loads, _whole_lines(self.folder / "metrics.jsonl"))
+        return [line for line in lines if line["cell"] == cell]
+
+    def write_result(self, rows: list[dict[str, Any]], **more: Any) -> None:
+        """Writes result.json."""
+        result = {"rows": rows, **more, "config": self.config, "environment": environment()}
+        write_json(self.folder / "result.json", result)
+
+
+class Meter:
+    """Progress over all epochs of a run: a bar on a terminal, a line per epoch elsewhere."""
+
+    def __init__(self, total: int):
+        self.console = Console()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error):
+        self._bar.stop()
+
+    def show(self, text: str, completed: float) -> None:
+        """Says what was just done and how much of the total is done."""
+        self._bar.update(self._task, description=text, completed=completed)
+        if not self.console.is_terminal:
+            print(text, flush=True)
+
+
+def environment() -> dict[str, Any]:
+    """Returns versions, device and git commit, for results files."""
+    packages = ("jaxpoison", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "cpu_cores": os.cpu_count(),
+        "commit": _commit(),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON; the file appears whole or not at all."""
+    _replace(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def _replace(path, text):
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _whole_lines(path):
+    """Returns the lines of a file that end in a newline: a kill may have cut the last one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _commit():
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if dirty else "")

@@ -1,0 +1,324 @@
+"""The comparison behind HINT's Table II: clean model, poisons, and every defence trained on them.
+
+For each seed: train on clean data (the row p = 0, none; also the network that the attacks are
+crafted against), craft the poisons, train each defence on each poisoned set, and train on the
+trusted images alone. `cifar_hint.py` and `mnist_hint.py` give the settings.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import figures
+import jax
+import jax.numpy as jnp
+import numpy as np
+import run
+import tables
+import tyro
+
+from jaxpoison import attacks, data, defenses, models, parallel, training
+from jaxpoison.data import Dataset, Splits
+from jaxpoison.defenses import Defense, HintConfig
+from jaxpoison.training import Checkpoints, Recipe, TrainState
+
+ATTACKS: dict[str, Callable[..., attacks.Attack]] = {
+    "pgd": attacks.pgd,
+    "dap": attacks.dap,
+    "durp": attacks.durp,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of one run; the same settings in the same folder continue it."""
+
+    dataset: Literal["cifar10", "mnist"]
+    """Which images."""
+    run_dir: Path
+    """Folder for configuration, metrics, checkpoints, poisons, table and picture."""
+    recipe: Recipe
+    """How every model is trained."""
+    hint: HintConfig
+    """Settings of HINT."""
+    epsilon: float
+    """Attack budget: largest change of a pixel, in units of [0, 1]."""
+    data: Literal["embedded", "full"] = "full"
+    """The small slice inside the package, or the whole set (see --data-dir)."""
+    data_dir: str | None = None
+    """Folder of tensorflow-datasets, or an .npz; default $TFDS_DATA_DIR."""
+    train_examples: int | None = None
+    """Use only the first so many training images."""
+    attacks: tuple[Literal["pgd", "dap", "durp"], ...] = ("pgd", "dap", "durp")
+    """Attacks that share the poisoned examples equally."""
+    poison_ratios: tuple[float, ...] = (1.0,)
+    """Shares p of the training set that are poisoned; p = 0, none is always run."""
+    defenses: tuple[Literal["none", "hint"], ...] = ("none", "hint")
+    """Defences to compare at each p."""
+    seeds: tuple[int, ...] = (0,)
+    """One independent repetition each: split, poisons, initial weights, order."""
+    trusted_epochs: int = 300
+    """Epochs of the model that is trained on the trusted images alone."""
+    width: int = 64
+    """Channels of the ResNet's first stage."""
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    """Blocks in each of the ResNet's stages."""
+    bfloat16: bool = False
+    """Compute the body of the network in bfloat16."""
+    checkpoint_every: int = 5
+    """Epochs from one checkpoint to the next."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One model to train: one row of the table, for one seed."""
+
+    seed: int
+    poison_ratio: float
+    defense: str
+
+    @property
+    def name(self) -> str:
+        if self.defense == "trusted":
+            return f"seed{self.seed}-trusted"
+        return f"seed{self.seed}-p{self.poison_ratio:g}-{self.defense}"
+
+    @property
+    def key(self) -> jax.Array:
+        """The same for all defences at one p: they differ in nothing but the defence."""
+        return jax.random.fold_in(jax.random.key(self.seed), round(1000 * self.poison_ratio))
+
+
+def main(presets: dict[str, Config], description: str) -> None:
+    """Runs the command line: `--preset NAME`, then any setting of `Config` as a flag."""
+    arguments = sys.argv[1:]
+    preset = "quick" if jax.default_backend() == "cpu" else "paper"
+    if "--preset" in arguments:
+        at = arguments.index("--preset")
+        preset = arguments[at + 1] if at + 1 < len(arguments) else ""
+        del arguments[at : at + 2]
+    if preset not in presets:
+        sys.exit(f"--preset must be one of {', '.join(presets)}, not {preset!r}")
+    description += f"\n\n--preset {{{','.join(presets)}}}: defaults of all settings (now: {preset})"
+    config = tyro.cli(Config, args=arguments, default=presets[preset], description=description)
+    try:
+        study(config)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+def study(config: Config) -> None:
+    """Trains every cell, prints the table and draws the picture."""
+    output = run.Run(config.run_dir, dataclasses.asdict(config))
+    model = build_model(config)
+    check(config, model)
+    cells = [cell for seed in config.seeds for cell in cells_of(config, seed)]
+    budgets = {cell: epochs_of(config, cell) for cell in cells}
+    with run.Meter(sum(budgets.values())) as meter:
+        done, rows = 0, []
+        for cell in cells:
+            splits = load(config, cell.seed)
+            row = output.finished(cell.name)
+            if row is None:
+                row = train_cell(config, output, meter, done, model, splits, cell)
+                output.finish(cell.name, row)
+            done += budgets[cell]
+            rows.append(row)
+    text = tables.comparison(rows, config.dataset, config.data, config.epsilon, splits.source)
+    print("\n" + text)
+    (output.folder / "table.md").write_text(text)
+    output.write_result(rows, source=splits.source)
+    pictured = [cell for cell in cells if cell.defense == "hint" and cell.poison_ratio > 0]
+    if pictured:
+        path = draw(config, output, model, pictured[0])
+        print(f"picture: {path}")
+
+
+def cells_of(config: Config, seed: int) -> list[Cell]:
+    """Returns the models of one seed, in an order in which each finds what it needs."""
+    clean = Cell(seed, 0.0, "none")
+    others = [Cell(seed, p, name) for p in config.poison_ratios for name in config.defenses]
+    return [clean, *(cell for cell in others if cell != clean), Cell(seed, 0.0, "trusted")]
+
+
+def epochs_of(config: Config, cell: Cell) -> int:
+    """Returns how many epochs a cell trains."""
+    return config.trusted_epochs if cell.defense == "trusted" else config.recipe.epochs
+
+
+def train_cell(config, output, meter, done, model, splits: Splits, cell: Cell) -> dict[str, Any]:
+    """Trains one model and returns its row of results."""
+    recipe, train, is_poisoned = config.recipe, splits.train, np.zeros(len(splits.train.labels))
+    if cell.defense == "trusted":
+        train = splits.validation
+        recipe = trusted_recipe(config, len(train.labels))
+    elif cell.poison_ratio > 0:
+        poisoned = poisons(config, output, meter, done, model, splits, cell)
+        train, is_poisoned = poisoned.dataset, poisoned.is_poisoned
+
+    def report(epoch, metrics):
+        chosen = metrics.pop("chosen", None)
+        if chosen is not None:
+            metrics["poison_share_of_chosen"] = float(np.mean(is_poisoned[chosen]))
+            if is_poisoned.any():
+                hits = np.sum(is_poisoned.astype(bool) & chosen)
+                metrics["poison_recall"] = float(hits / is_poisoned.sum())
+        output.log(cell.name, epoch, metrics)
+        meter.show(
+            f"{cell.name}: epoch {epoch + 1}/{recipe.epochs}, loss {metrics['loss']:.3f}, "
+            f"test accuracy {100 * metrics['test_accuracy']:.1f}%",
+            done + epoch + 1,
+        )
+
+    fit(config, output, model, splits, cell, recipe, train, report)
+    history = output.metrics(cell.name)
+    return {
+        **dataclasses.asdict(cell),
+        "test_accuracy": history[-1]["test_accuracy"],
+        "best_test_accuracy": max(line["test_accuracy"] for line in history),
+        "train_seconds": sum(line["seconds"] for line in history),
+        "defense_seconds": sum(line["defense_seconds"] for line in history),
+        "num_train": len(train.labels),
+        "epochs": recipe.epochs,
+    }
+
+
+def fit(config, output, model, splits, cell, recipe, train, report=None) -> TrainState:
+    """Trains one cell, or continues it, or just restores it where it has finished."""
+    checkpoints = checkpoints_of(config, output, cell)
+    try:
+        return training.fit(
+            model,
+            recipe,
+            train,
+            key=cell.key,
+            test=splits.test,
+            defense=defense_of(config, model, splits, cell),
+            checkpoints=checkpoints,
+            report=report,
+        )
+    finally:
+        checkpoints.close()
+
+
+def checkpoints_of(config: Config, output: run.Run, cell: Cell) -> Checkpoints:
+    """Returns the checkpoints of a cell."""
+    return Checkpoints(
+        output.folder / "checkpoints" / cell.name,
+        every=config.checkpoint_every,
+        identity=f"{cell} {output.config}",
+    )
+
+
+def defense_of(config: Config, model: models.Classifier, splits: Splits, cell: Cell) -> Defense:
+    """Returns the defence of a cell."""
+    if cell.defense == "hint":
+        return defenses.hint(model, splits.validation, config.hint)
+    return defenses.none()
+
+
+def poisons(config, output, meter, done, model, splits, cell) -> attacks.PoisonedDataset:
+    """Returns the poisoned set of a cell, crafted now unless its archive is there."""
+    path = output.folder / "poisons" / f"seed{cell.seed}-p{cell.poison_ratio:g}.npz"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        clean = Cell(cell.seed, 0.0, "none")
+        state = fit(config, output, model, splits, clean, config.recipe, splits.train)
+
+        def progress(name, count, total):
+            meter.show(f"{path.stem}: crafting {name}, {count}/{total} images", done)
+
+        poisoned = attacks.mixture(
+            jax.random.fold_in(cell.key, 1),
+            splits.train,
+            cell.poison_ratio,
+            [ATTACKS[name](epsilon=config.epsilon) for name in config.attacks],
+            attacks.Victim(model, state.variables),
+            progress=progress,
+        )
+        more = {"dataset": config.dataset, "source": splits.source, "seed": cell.seed}
+        attacks.save(path, poisoned._replace(config=poisoned.config | more))
+    return attacks.load(path, num_classes=model.num_classes)
+
+
+def draw(config: Config, output: run.Run, model: models.Classifier, cell: Cell) -> Path:
+    """Draws examples that HINT changed, in the manner of the paper's Figure 1."""
+    splits = load(config, cell.seed)
+    train = attacks.load(
+        output.folder / "poisons" / f"seed{cell.seed}-p{cell.poison_ratio:g}.npz"
+    ).dataset
+    defense = defense_of(config, model, splits, cell)
+    state = fit(config, output, model, splits, cell, config.recipe, train)
+    checkpoints = checkpoints_of(config, output, cell)
+    like = (state, defense.init(jax.random.key(0), parallel.replicate(train, parallel.data_mesh())))
+    _, (state, (_, chosen, noise)) = checkpoints.restore(like)
+    checkpoints.close()
+    strongest = jnp.argsort(-jnp.mean(jnp.abs(noise), axis=(1, 2, 3)))[:8]
+    rows = np.asarray(chosen[strongest])
+    received = Dataset(train.images[rows], train.labels[rows])
+    predict = training.evaluator(model, mesh=parallel.data_mesh())
+    path = output.folder / "noise.png"
+    figures.healthy_noise(
+        path,
+        received,
+        np.asarray(noise[strongest]),
+        predict_from=lambda images: np.asarray(predict(state.variables, images)),
+        class_names=splits.class_names,
+        beta=config.hint.beta,
+    )
+    return path
+
+
+def load(config: Config, seed: int) -> Splits:
+    """Returns the data of one seed."""
+    if config.data == "embedded":
+        splits = data.load_embedded(config.dataset, seed=seed)
+    else:
+        splits = data.load(config.dataset, data_dir=config.data_dir, seed=seed)
+    if config.train_examples is not None:
+        splits = splits._replace(
+            train=Dataset(*(field[: config.train_examples] for field in splits.train))
+        )
+    return splits
+
+
+def build_model(config: Config) -> models.Classifier:
+    """Returns the network of the paper for this data set, at the configured width."""
+    dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
+    if config.dataset == "mnist":
+        return models.mnist_cnn(dtype=dtype)
+    return models.resnet18(width=config.width, blocks=config.blocks, dtype=dtype)
+
+
+def trusted_recipe(config: Config, num_trusted: int) -> Recipe:
+    """Returns the recipe for the trusted images alone: same schedule, stretched."""
+    stretch = config.trusted_epochs / config.recipe.epochs
+    return dataclasses.replace(
+        config.recipe,
+        epochs=config.trusted_epochs,
+        batch_size=min(config.recipe.batch_size, num_trusted),
+        milestones=tuple(round(stretch * epoch) for epoch in config.recipe.milestones),
+    )
+
+
+def check(config: Config, model: models.Classifier) -> None:
+    """Raises ValueError for settings that would fail only after work was done."""
+    if not config.seeds:
+        raise ValueError("name at least one seed")
+    for ratio in config.poison_ratios:
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"poison ratios p must be in [0, 1], not {ratio}")
+    if not config.attacks and any(config.poison_ratios):
+        raise ValueError("name at least one attack, or only the poison ratio 0")
+    for name in config.attacks:
+        ATTACKS[name](epsilon=config.epsilon)
+    if "hint" in config.defenses and max(config.hint.schedule, default=0) >= config.recipe.epochs:
+        raise ValueError(
+            f"HINT's schedule {config.hint.schedule} goes beyond the {config.recipe.epochs} epochs"
+        )
+    splits = load(config, config.seeds[0])
+    for name in config.defenses:
+        cell = Cell(config.seeds[0], 0.0, name)
+        defense_of(config, model, splits, cell).init(cell.key, splits.train)
