@@ -1,0 +1,27 @@
+"""Settings of all tests: 8 virtual CPU devices, float32, and quick compilation where that pays."""
+
+import os
+
+# Subprocesses inherit it. On a machine with a GPU, `JAX_PLATFORMS=cuda pytest` overrules it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_enable_x64", False)
+
+# Modules that compile many tiny functions and run each once. Elsewhere, in training above all,
+# slower code would cost more than its quicker compilation saves.
+COMPILE_BOUND = {"test_influence", "test_curvature", "test_solvers"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(request):
+    """Has XLA skip its expensive passes for the tests of the modules above."""
+    if request.module.__name__.rpartition(".")[2] not in COMPILE_BOUND:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
