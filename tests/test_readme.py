@@ -1,0 +1,96 @@
+"""The Python examples of the README run as they are printed."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.flatten_util
+import numpy as np
+import pytest
+
+from jaxpoison import data
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def run(block):
+    names = {}
+    exec(compile(block, str(README), "exec"), names)
+    return names
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """Cuts the embedded slice, so that training takes seconds."""
+    load_embedded = data.load_embedded
+
+    def load(name):
+        splits = load_embedded(name)
+        parts = ("train", 384), ("validation", 64), ("test", 64)
+        return splits._replace(
+            **{
+                part: data.Dataset(*(array[:size] for array in getattr(splits, part)))
+                for part, size in parts
+            }
+        )
+
+    monkeypatch.setattr(data, "load_embedded", load)
+
+
+def test_there_are_two_examples():
+    assert len(BLOCKS) == 2
+
+
+def test_influence_example():
+    names = run(BLOCKS[0])
+    assert names["s"].converged
+    assert names["scores"].shape == (512,)
+    assert names["maps"].shape == (512, 20)
+
+
+def test_signs_are_as_the_text_says():
+    """Trains on, with one example dropped or pixels moved, and sees the trusted loss follow."""
+    names = run(BLOCKS[0])
+    loss_fn, train, trusted = names["loss_fn"], names["train"], names["trusted"]
+
+    @jax.jit
+    def trusted_loss(inputs, weights):
+        """After minimising the weighted, damped loss by Newton's method."""
+
+        def objective(flat):
+            losses = loss_fn(unravel(flat), (inputs, train[1]))
+            return (losses * weights).mean() + 0.005 * (flat @ flat)
+
+        flat = start
+        for _ in range(5):
+            step = jax.numpy.linalg.solve(jax.hessian(objective)(flat), jax.grad(objective)(flat))
+            flat = flat - step
+        return loss_fn(unravel(flat), trusted).mean(), flat
+
+    start, unravel = jax.flatten_util.ravel_pytree(names["params"])
+    ones = np.ones(len(train[1]), np.float32)
+    before, flat = trusted_loss(train[0], ones)
+    params = unravel(flat)
+    influence, solvers = names["influence"], names["solvers"]
+    s = influence.group_ihvp(loss_fn, params, trusted, train, solver=solvers.cg(damping=0.01))
+    scores = np.asarray(influence.example_influence(loss_fn, params, s.value, train))
+    maps = influence.pixel_influence(loss_fn, params, s.value, train)
+    for harmful in (scores.argmax(), scores.argmin()):
+        weights = ones.copy()
+        weights[harmful] = 0
+        change = trusted_loss(train[0], weights)[0] - before
+        np.testing.assert_allclose(change, -scores[harmful] / len(ones), rtol=0.2)
+    assert (
+        trusted_loss(train[0] - 0.1 * maps, ones)[0]
+        < before
+        < trusted_loss(train[0] + 0.1 * maps, ones)[0]
+    )
+
+
+def test_hint_example(few_images, capsys):
+    names = run(BLOCKS[1])
+    assert int(names["state"].step) == 2 * 3
+    epochs = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [epoch for epoch, *_ in epochs] == ["0", "1"]
+    assert all(0 <= float(accuracy) <= 1 for *_, accuracy in epochs)
