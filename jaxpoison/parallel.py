@@ -1,4 +1,4 @@
-"""How work is spread over devices: a one-dimensional mesh, examples sharded, everything else copied.
+"""How work is spread over devices: a mesh of one axis, examples sharded, all else copied.
 
 This is the only module that knows about devices. Functions elsewhere are written in the global
 view: under `jax.jit`, the mean over a sharded batch is the mean over all of it, so gradients,

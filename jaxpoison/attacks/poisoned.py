@@ -14,6 +14,7 @@ import json
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,8 +71,8 @@ def mixture(
 ) -> PoisonedDataset:
     """Returns `clean` with a share of `poison_ratio` poisoned, in equal parts by each attack.
 
-    The parts are disjoint, random and class-stratified: of every class the same share (up to one
-    example) goes to each attack. Labels stay as they are.
+    The parts are disjoint, random and class-stratified: of every class the same share (up to two
+    examples) goes to each attack. Labels stay as they are.
 
     Args:
       key: PRNG key; the choice of examples and the attacks' noise follow from it.
@@ -146,7 +147,8 @@ def load(path: str | os.PathLike, *, num_classes: int | None = None) -> Poisoned
     try:
         with np.load(path, allow_pickle=False) as archive:
             entries = {name: archive[name] for name in archive.files}
-    except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+    # TypeError: a bare `.npy` array, which is no context manager.
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} is not a readable archive of poisons: {error}") from error

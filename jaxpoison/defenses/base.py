@@ -11,7 +11,7 @@ import jax
 from jaxpoison.data import Dataset
 
 State = Any  # a pytree of arrays: what must survive from epoch to epoch (and in checkpoints)
-Info = dict[str, jax.Array]
+Info = dict[str, jax.Array | float]
 
 
 class InitFn(Protocol):

@@ -14,6 +14,7 @@ the Hessian and the scores follow) and 2 r for the pixel maps (forward, and back
 
 import dataclasses
 import math
+import time
 from typing import Literal, NamedTuple
 
 import jax
@@ -49,7 +50,8 @@ class HintConfig:
     late_epoch: int | None = None
     """From this epoch on, gamma is divided by 10 (40 in their code; not in the paper)."""
     storage: Literal["float32", "uint8_floor"] = "float32"
-    """Their code stores perturbed images as uint8, rounding down."""
+    """Their code stores perturbed images as uint8, rounding down; images that are not whole numbers
+    of 255 may then end up to 1/255 below x - beta."""
 
 
 PAPER = HintConfig()
@@ -89,7 +91,9 @@ def hint(
 
     The info of an update holds `residual` and `solver_steps` of the solve; `step_255_q50`, `_q90`,
     `_q99`: quantiles of 255 gamma |I_pert| over chosen pixels (below 1, uint8 storage would lose
-    the step); `share_at_beta`: share of chosen pixels whose noise is at +-beta; and `chosen`.
+    the step); `share_at_beta`: share of chosen pixels whose noise is at +-beta; the seconds of its
+    parts, `features_seconds`, `solve_seconds`, `scores_seconds` (first update only) and
+    `pixel_maps_seconds`; and `chosen`.
 
     Args:
       model: the network that is trained; its head is the layer that influence acts through.
@@ -151,7 +155,8 @@ def hint(
         step = gamma * step_scale * maps
         moved = _perturb(received, jnp.clip(noise - step, -config.beta, config.beta))
         if config.storage == "uint8_floor":
-            moved = jnp.floor(255 * moved) / 255
+            # The margin is for whole numbers that rounding has put just below themselves.
+            moved = jnp.floor(255 * moved + 1e-3) / 255
         noise = moved - received
         quantiles = jnp.quantile(255 * jnp.abs(step), jnp.array([0.5, 0.9, 0.99]))
         info = {
@@ -189,21 +194,27 @@ def hint(
             current = dataset if first else with_noise(state, dataset)
         else:
             current = Dataset(*chosen_examples(state, dataset)[1:])
-        train = (features(variables, current.images), current.labels)
-        group = (features(variables, trusted.images), trusted.labels)
-        solution = solve(head, group, train, jax.random.fold_in(state.key, epoch))
+        lap = _Laps()
+        train = lap("features", (features(variables, current.images), current.labels))
+        group = lap("features", (features(variables, trusted.images), trusted.labels))
+        key = jax.random.fold_in(state.key, epoch)
+        solution = lap("solve", solve(head, group, train, key))
         if config.solver != "identity":
             solvers.require_converged(solution, f"HINT's solve before epoch {epoch}")
         if first and config.ratio < 1:
-            state = state._replace(chosen=largest_scores(head, solution.value, train))
+            chosen = lap("scores", largest_scores(head, solution.value, train))
+            state = state._replace(chosen=chosen)
         received, perturbed, labels = chosen_examples(state, dataset)
-        maps = pixel_influence((variables, solution.value), (perturbed, labels))
+        maps = lap(
+            "pixel_maps", pixel_influence((variables, solution.value), (perturbed, labels))
+        )
         late = config.late_epoch is not None and epoch >= config.late_epoch
         noise, info = move(received, state.noise, maps, config.gamma / (10 if late else 1))
         info |= {
             "residual": solution.residual,
             "solver_steps": solution.num_steps,
             "chosen": jnp.zeros(len(dataset.labels), bool).at[state.chosen].set(True),
+            **lap.seconds,
         }
         return state._replace(noise=noise), info
 
@@ -216,6 +227,22 @@ def hint(
         return state, dataset, info
 
     return Defense(init, on_epoch, keep_batch)
+
+
+class _Laps:
+    """Adds up the seconds that the parts of an update take, compilation included."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, part, value):
+        jax.block_until_ready(value)
+        now = time.perf_counter()
+        name = f"{part}_seconds"
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+        return value
 
 
 def _perturb(images, noise):
@@ -249,7 +276,7 @@ def _check(config):
         raise ValueError(f"ratio r must be in (0, 1], not {config.ratio}")
     if not 0 <= config.beta <= 1:
         raise ValueError(f"beta is in units of pixels in [0, 1], not {config.beta}")
-    if config.gamma < 0:
-        raise ValueError(f"gamma must not be negative, it is {config.gamma}")
+    if not 0 <= config.gamma < math.inf:
+        raise ValueError(f"gamma must be finite and not negative, it is {config.gamma}")
     if not config.schedule or min(config.schedule) < 0:
         raise ValueError(f"schedule must name at least one epoch >= 0, it is {config.schedule}")

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run in a folder (Orbax), such that a killed run goes on where it was."""
+"""Checkpoints of a training run in a folder (Orbax): a killed run goes on where it was."""
 
 import os
 from pathlib import Path

@@ -84,10 +84,11 @@ def fit(
         start = time.perf_counter()
         defense_state, dataset, info = defense.on_epoch(defense_state, epoch, state, train)
         chosen = info.pop("chosen", None)
-        metrics = {name: float(value) for name, value in info.items()}
+        metrics: dict[str, Any] = {name: float(value) for name, value in info.items()}
         if chosen is not None:
             metrics["chosen"] = np.asarray(chosen)
         metrics["defense_seconds"] = time.perf_counter() - start
+        recipes.steps_per_epoch(recipe, len(dataset.labels))  # the defence may have dropped some
         order = epoch_order(data_key, epoch, len(dataset.labels), recipe.batch_size)
         state, steps = run_epoch((dataset, defense_state, data_key), state, order)
         means = jax.tree.map(lambda values: float(jnp.mean(values)), steps)
