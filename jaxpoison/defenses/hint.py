@@ -15,7 +15,7 @@ the Hessian and the scores follow) and 2 r for the pixel maps (forward, and back
 import dataclasses
 import math
 import time
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -205,9 +205,7 @@ def hint(
             chosen = lap("scores", largest_scores(head, solution.value, train))
             state = state._replace(chosen=chosen)
         received, perturbed, labels = chosen_examples(state, dataset)
-        maps = lap(
-            "pixel_maps", pixel_influence((variables, solution.value), (perturbed, labels))
-        )
+        maps = lap("pixel_maps", pixel_influence((variables, solution.value), (perturbed, labels)))
         late = config.late_epoch is not None and epoch >= config.late_epoch
         noise, info = move(received, state.noise, maps, config.gamma / (10 if late else 1))
         info |= {
@@ -272,6 +270,10 @@ def _solver(config):
 
 
 def _check(config):
+    for field in dataclasses.fields(HintConfig):
+        allowed, value = get_args(field.type), getattr(config, field.name)
+        if get_origin(field.type) is Literal and value not in allowed:
+            raise ValueError(f"{field.name} must be one of {', '.join(allowed)}, not {value!r}")
     if not 0 < config.ratio <= 1:
         raise ValueError(f"ratio r must be in (0, 1], not {config.ratio}")
     if not 0 <= config.beta <= 1:
