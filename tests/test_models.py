@@ -1,0 +1,201 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpoison import loops, models
+from jaxpoison.models import layers
+
+
+def tiny_resnet(**settings):
+    return models.resnet18(width=4, blocks=(1, 1), **settings)
+
+
+def pixels(*shape, seed=0):
+    return jax.random.uniform(jax.random.key(seed), shape)
+
+
+def resnet18_parameters(width, num_classes):
+    """Counts by hand: 3x3 and 1x1 convolutions without bias, two numbers per BatchNorm channel."""
+    total, inputs = 9 * 3 * width + 2 * width, width
+    for stage in range(4):
+        outputs = width * 2**stage
+        total += 9 * inputs * outputs + 3 * 9 * outputs * outputs + 4 * 2 * outputs
+        total += inputs * outputs + 2 * outputs if stage else 0
+        inputs = outputs
+    return total + (inputs + 1) * num_classes
+
+
+@pytest.mark.parametrize(
+    ("model", "image_shape", "want", "published", "num_features"),
+    [
+        (
+            models.mnist_cnn(),
+            (28, 28, 1),
+            (25 + 1) * 40 + 2 * 40 + (25 * 40 + 1) * 100 + 2 * 100 + (1600 + 1) * 10,
+            117_430,
+            1600,
+        ),
+        (models.resnet18(), (32, 32, 3), resnet18_parameters(64, 10), 11_173_962, 512),
+    ],
+    ids=["mnist_cnn", "resnet18"],
+)
+def test_numbers_of_parameters_and_features(model, image_shape, want, published, num_features):
+    images = jnp.zeros((2, *image_shape))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    features = jax.eval_shape(lambda v: model.apply(v, images, method="features"), variables)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+    assert count == want == published
+    assert features.shape == (2, num_features)
+    assert model.num_features == num_features
+    assert variables["params"]["head"]["kernel"].shape == (num_features, 10)
+
+
+@pytest.mark.parametrize("model", [tiny_resnet(), models.mnist_cnn(num_classes=7)])
+def test_logits_are_the_head_applied_to_the_features(model):
+    images = pixels(3, 28, 28, 3 if model.mean != (0.0,) else 1)
+    variables = model.init(jax.random.key(0), images)
+    head = variables["params"]["head"]
+    features = model.apply(variables, images, method="features")
+    logits = model.apply(variables, images)
+    assert logits.shape == (3, model.num_classes)
+    np.testing.assert_allclose(logits, features @ head["kernel"] + head["bias"], atol=1e-6)
+
+
+DILATION = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
+LAYOUT = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+
+def relative_error(got, want):
+    """Largest error in units of the largest value."""
+    return max(
+        float(jnp.max(jnp.abs(g - w)) / jnp.max(jnp.abs(w)))
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    )
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 1))])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_patches_form_of_the_convolution_equals_xla(monkeypatch, channels, strides, padding):
+    monkeypatch.setattr(loops, "steps_from_host", lambda: True)
+    keys = jax.random.split(jax.random.key(channels), 4)
+    point = (
+        jax.random.normal(keys[0], (2, 7, 8, channels)),
+        jax.random.normal(keys[1], (3, 2, channels, 5)),
+    )
+    direction = jax.tree.map(lambda x, key: jax.random.normal(key, x.shape), point, tuple(keys[2:]))
+
+    def outputs(convolve):
+        def loss(point):
+            return jnp.sum(jnp.sin(convolve(*point, strides, padding, **DILATION, **LAYOUT)))
+
+        value = convolve(*point, strides, padding, **DILATION, **LAYOUT)
+        # The derivative of the gradient along a direction: what a pixel influence needs.
+        gradient, second = jax.jvp(jax.grad(loss), (point,), (direction,))
+        return value, gradient, second
+
+    ours, xla = outputs(layers.conv_general_dilated), outputs(jax.lax.conv_general_dilated)
+    assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, xla)
+    assert relative_error(ours, xla) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("from_host", "channels", "change", "is_xla"),
+    [
+        (True, 3, {}, False),
+        (False, 3, {}, True),
+        (True, 4, {}, True),
+        (True, 3, {"rhs_dilation": (2, 2)}, True),
+        (True, 3, {"feature_group_count": 3}, True),
+    ],
+)
+def test_patches_form_is_used_for_few_channels_on_cpu_only(
+    monkeypatch, from_host, channels, change, is_xla
+):
+    monkeypatch.setattr(loops, "steps_from_host", lambda: from_host)
+    kernel = jnp.ones((3, 3, channels // change.get("feature_group_count", 1), 6))
+    settings = DILATION | LAYOUT | change
+
+    def convolve(x):
+        return layers.conv_general_dilated(x, kernel, (1, 1), "SAME", **settings)
+
+    images = pixels(1, 6, 6, channels)
+    assert ("conv_general_dilated" in str(jax.make_jaxpr(convolve)(images))) == is_xla
+    want = jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", **settings)
+    np.testing.assert_allclose(convolve(images), want, rtol=1e-5)
+
+
+def test_bfloat16_body_keeps_parameters_and_logits_in_float32():
+    images = pixels(4, 12, 12, 3)
+    full, half = tiny_resnet(), tiny_resnet(dtype=jnp.bfloat16)
+    variables = half.init(jax.random.key(0), images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    logits = half.apply(variables, images)
+    assert logits.dtype == jnp.float32
+    features = half.apply(variables, images, method="features")
+    assert jnp.all(features == features.astype(jnp.bfloat16))  # the body did compute in bfloat16
+    exact = full.apply(variables, images)
+    assert 0 < float(jnp.max(jnp.abs(logits - exact))) < 0.05
+
+
+def test_running_statistics_after_one_step_are_a_tenth_of_the_batchs():
+    model = tiny_resnet()
+    images = pixels(6, 8, 8, 3)
+    variables = model.init(jax.random.key(0), images)
+    _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    normalised = (np.asarray(images) - np.array(model.mean)) / np.array(model.std)
+    kernel = np.asarray(variables["params"]["body"]["stem"]["kernel"], np.float64)
+    padded = np.pad(normalised, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    stem = sum(
+        padded[:, i : i + 8, j : j + 8] @ kernel[i, j] for i in range(3) for j in range(3)
+    ).reshape(-1, 4)
+    stats = updates["batch_stats"]["body"]["stem_norm"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * stem.mean(0), rtol=1e-4, atol=1e-6)
+    # Flax keeps the biased variance; PyTorch the unbiased one, n / (n - 1) times as large.
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * stem.var(0), rtol=1e-4)
+
+
+def test_evaluation_uses_running_statistics_so_examples_do_not_interact():
+    model = tiny_resnet()
+    images = pixels(5, 8, 8, 3)
+    variables = model.init(jax.random.key(0), images)
+    alone = jnp.concatenate([model.apply(variables, images[i : i + 1]) for i in range(5)])
+    np.testing.assert_allclose(model.apply(variables, images), alone, atol=1e-5)
+
+
+def test_initial_values_fill_pytorchs_ranges():
+    model = models.mnist_cnn()
+    params = model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    for fan_in, layer in [
+        (25, params["body"]["Conv_0"]),
+        (1000, params["body"]["Conv_1"]),
+        (1600, params["head"]),
+    ]:
+        bound = 1 / math.sqrt(fan_in)
+        kernel = np.asarray(layer["kernel"])
+        assert 0.99 * bound < np.abs(kernel).max() <= bound * (1 + 1e-6)
+        np.testing.assert_allclose(kernel.std(), bound / math.sqrt(3), rtol=0.05)
+        assert 0.5 * bound < np.abs(layer["bias"]).max() <= bound
+    assert np.all(np.asarray(params["body"]["BatchNorm_0"]["scale"]) == 1)
+
+
+def test_pixels_are_normalised_inside():
+    model = tiny_resnet()
+    images = pixels(2, 8, 8, 3)
+    variables = model.init(jax.random.key(0), images)
+    outside = (images - jnp.array([0.4914, 0.4822, 0.4465])) / jnp.array([0.2023, 0.1994, 0.2010])
+    plain = model.clone(mean=(0.0,), std=(1.0,))
+    np.testing.assert_allclose(
+        model.apply(variables, images), plain.apply(variables, outside), atol=1e-5
+    )
+    assert float(jnp.max(jnp.abs(plain.apply(variables, images) - plain.apply(variables, outside))))
+
+
+def test_average_pool():
+    x = np.arange(2 * 4 * 6 * 3, dtype=np.float32).reshape(2, 4, 6, 3)
+    pooled = np.asarray(layers.average_pool_2x2(jnp.asarray(x)))
+    want = (x[:, ::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, ::2] + x[:, 1::2, 1::2]) / 4
+    np.testing.assert_array_equal(pooled, want)

@@ -1,0 +1,301 @@
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxpoison import loops, models, parallel, solvers, training
+from jaxpoison.data import Dataset, load_embedded
+from jaxpoison.defenses import Defense, none
+from jaxpoison.defenses.base import keep_batch, keep_epoch
+from jaxpoison.training.evaluation import accuracy
+from jaxpoison.training.fit import epoch_order, train_step
+from jaxpoison.training.recipe import optimizer, steps_per_epoch
+
+QUICK = training.Recipe(
+    epochs=1, batch_size=8, learning_rate=0.05, milestones=(), max_shift=1.0, flip=True
+)
+
+
+class LinearBody(nn.Module):
+    """Pixels as features, through one matrix: small enough to count and compile in no time."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        return nn.Dense(4)(x.reshape(x.shape[0], -1))
+
+
+class ConvBody(nn.Module):
+    """A convolution with BatchNorm, averaged over the image."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = models.layers.Conv(6, (3, 3), strides=2, use_bias=False)(x)
+        x = nn.relu(models.layers.BatchNorm(use_running_average=not train)(x))
+        return x.mean(axis=(1, 2))
+
+
+def conv_model():
+    return models.Classifier(ConvBody(), num_features=6, num_classes=3, std=(0.25,))
+
+
+def linear_model():
+    return models.Classifier(LinearBody(), num_features=4, num_classes=3)
+
+
+def random_set(num_examples=27, size=8, num_classes=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return Dataset(
+        rng.random((num_examples, size, size, 3), dtype=np.float32),
+        rng.integers(0, num_classes, num_examples, dtype=np.int32),
+    )
+
+
+def assert_trees_close(got, want, **tolerance):
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, **tolerance), got, want)
+
+
+@pytest.mark.parametrize(("momentum", "decay"), [(0.9, 5e-4), (0.9, 0.0), (0.0, 0.1), (0.0, 0.0)])
+def test_optimizer_is_pytorchs_nesterov_sgd_with_milestones(momentum, decay):
+    recipe = training.Recipe(
+        learning_rate=0.3, momentum=momentum, weight_decay=decay, milestones=(1, 3)
+    )
+    transform = optimizer(recipe, steps_per_epoch=2)
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(2, 3)).astype(np.float32)}
+    state = transform.init(params)
+    weights, velocity = params["w"].astype(np.float64), 0.0
+    for step in range(8):
+        gradient = rng.normal(size=(2, 3)).astype(np.float32)
+        updates, state = transform.update({"w": gradient}, state, params)
+        params = optax.apply_updates(params, updates)
+        full = gradient + decay * weights
+        velocity = momentum * velocity + full
+        learning_rate = 0.3 * 0.1 ** sum(step // 2 >= epoch for epoch in (1, 3))
+        weights = weights - learning_rate * (full + momentum * velocity)
+        np.testing.assert_allclose(params["w"], weights, rtol=1e-5, atol=1e-6)
+
+
+def test_the_papers_recipes():
+    assert dataclasses.astuple(training.CIFAR10) == (
+        80, 128, 0.1, 0.9, 5e-4, (30, 50, 70), 4.0, True,
+    )  # fmt: skip
+    assert dataclasses.astuple(training.MNIST) == (30, 128, 0.01, 0.0, 0.0, (), 0.0, False)
+
+
+def test_order_of_an_epoch_has_no_repeats_and_drops_the_remainder():
+    key = jax.random.key(0)
+    order = np.asarray(epoch_order(key, 3, 29, 4))
+    assert order.shape == (7, 4)
+    assert len(set(order.ravel())) == 28
+    assert set(order.ravel()) < set(range(29))
+    np.testing.assert_array_equal(order, epoch_order(key, 3, 29, 4))
+    assert np.any(order != epoch_order(key, 4, 29, 4))
+    assert np.any(order != epoch_order(jax.random.key(1), 3, 29, 4))
+    dropped = {*range(29)} - set(order.ravel())
+    assert any(dropped != {*range(29)} - set(np.ravel(epoch_order(key, e, 29, 4))) for e in (4, 5))
+
+
+class SeeingBody(nn.Module):
+    """Keeps the batch that it was trained on where running statistics would be."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        seen = self.variable("batch_stats", "seen", jnp.zeros, self.shape)
+        if train:
+            seen.value = x
+        return x.reshape(x.shape[0], -1)
+
+
+def seen_batches(num_devices, recipe, num_steps=3):
+    """Returns the images that each step trained on; every step takes the same examples."""
+    mesh = parallel.data_mesh(jax.devices()[:num_devices])
+    model = models.Classifier(SeeingBody((8, 6, 6, 3)), num_features=108, num_classes=3)
+    transform = optimizer(recipe, 1)
+    state = training.init_state(model, transform, jax.random.key(0), (6, 6, 3))
+    step = jax.jit(train_step(model, recipe, transform, none(), mesh))
+    state = parallel.replicate(state, mesh)
+    train = parallel.replicate(random_set(8, 6), mesh)
+    seen = []
+    for _ in range(num_steps):
+        state, _ = step((train, (), jax.random.key(5)), state, jnp.arange(8))
+        seen.append(np.asarray(state.batch_stats["body"]["seen"]))
+    return seen
+
+
+def test_augmentation_changes_with_the_step_and_not_with_the_devices():
+    one, eight = seen_batches(1, QUICK), seen_batches(8, QUICK)
+    assert_trees_close(eight, one, atol=1e-6)
+    for i, j in [(0, 1), (0, 2), (1, 2)]:
+        changed = np.abs(one[i] - one[j]).max(axis=(1, 2, 3))
+        assert (changed > 1e-3).all()  # every example is drawn anew at every step
+
+
+def test_no_augmentation_leaves_images_as_they_are():
+    recipe = dataclasses.replace(QUICK, max_shift=0.0, flip=False)
+    for images in seen_batches(2, recipe, num_steps=1):
+        np.testing.assert_array_equal(images, random_set(8, 6).images)
+
+
+def test_training_is_the_same_on_every_number_of_devices():
+    def train(num_devices):
+        mesh = parallel.data_mesh(jax.devices()[:num_devices])
+        return training.fit(conv_model(), QUICK, random_set(), key=jax.random.key(0), mesh=mesh)
+
+    one = train(1)
+    assert int(one.step) == 3
+    start = training.init_state(
+        conv_model(), optimizer(QUICK, 3), jax.random.split(jax.random.key(0), 3)[0], (8, 8, 3)
+    )
+    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), one.params, start.params)
+    assert max(jax.tree.leaves(moved)) > 1e-2
+    for num_devices in (2, 4, 8):
+        assert_trees_close(train(num_devices), one, atol=1e-5)
+
+
+def test_one_step_of_fit_is_a_step_along_the_gradient():
+    recipe = dataclasses.replace(QUICK, momentum=0.0, weight_decay=0.0, max_shift=0.0, flip=False)
+    model, train = linear_model(), random_set(8, 4)
+    state = training.fit(model, recipe, train, key=jax.random.key(0))
+    init_key = jax.random.split(jax.random.key(0), 3)[0]
+    params = model.init(init_key, train.images)["params"]
+
+    def loss(params):
+        logits = model.apply({"params": params}, train.images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, train.labels).mean()
+
+    want = jax.tree.map(lambda p, g: p - 0.05 * g, params, jax.grad(loss)(params))
+    assert_trees_close(state.params, want, atol=1e-6)
+
+
+def test_learns_real_digits_and_reports():
+    digits = load_embedded("mnist")
+    train, test = (
+        Dataset(part.images[:n, ::2, ::2], part.labels[:n])
+        for part, n in [(digits.train, 1000), (digits.test, 300)]
+    )
+    model = models.Classifier(LinearBody(), num_features=4, num_classes=10)
+    recipe = training.Recipe(
+        epochs=20, batch_size=40, milestones=(15,), max_shift=0.0, flip=False, learning_rate=0.05
+    )
+    log = []
+    state = training.fit(
+        model, recipe, train, test=test, key=jax.random.key(0),
+        report=lambda epoch, metrics: log.append((epoch, metrics)),
+    )  # fmt: skip
+    assert [epoch for epoch, _ in log] == list(range(20))
+    first, last = log[0][1], log[-1][1]
+    assert set(last) == {"loss", "train_accuracy", "test_accuracy", "seconds", "defense_seconds"}
+    assert all(isinstance(value, float) for value in last.values())
+    assert last["loss"] < 0.5 * first["loss"]
+    assert last["test_accuracy"] > 0.7 > 0.1 + first["train_accuracy"]
+    predicted = jnp.argmax(model.apply(state.variables, test.images / np.float32(255)), axis=-1)
+    assert last["test_accuracy"] == pytest.approx(float(np.mean(predicted == test.labels)))
+
+
+def test_accuracy_is_the_share_of_right_predictions():
+    model, test = linear_model(), random_set(13, 4)
+    variables = model.init(jax.random.key(0), test.images)
+    right = np.argmax(model.apply(variables, test.images), axis=-1) == test.labels
+    for num_devices, batch_size in [(1, 5), (8, 8), (8, 100)]:
+        mesh = parallel.data_mesh(jax.devices()[:num_devices])
+        predict = training.evaluator(model, batch_size=batch_size, mesh=mesh)
+        assert accuracy(predict, variables, test) == pytest.approx(right.mean())
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    recipe = dataclasses.replace(QUICK, learning_rate=1e30)
+    with pytest.raises(solvers.DivergedError, match=r"after epoch 0.*smaller learning rate"):
+        training.fit(linear_model(), recipe, random_set(27, 4), key=jax.random.key(0))
+
+
+def test_sizes_that_do_not_fit_are_errors():
+    fit = functools.partial(training.fit, linear_model(), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="12 examples does not divide by 8 devices"):
+        fit(dataclasses.replace(QUICK, batch_size=12), random_set(27, 4))
+    with pytest.raises(ValueError, match="7 examples, fewer than one batch of 8"):
+        fit(QUICK, random_set(7, 4))
+    with pytest.raises(ValueError, match="7 examples"):
+        steps_per_epoch(QUICK, 7)
+    with pytest.raises(ValueError, match=r"training set.*out of range"):
+        fit(QUICK, random_set(27, 4, num_classes=9))
+    with pytest.raises(ValueError, match=r"test set.*out of range"):
+        fit(QUICK, random_set(27, 4), test=random_set(20, 4, num_classes=9))
+    with pytest.raises(ValueError, match="9 examples does not divide by 2 devices"):
+        parallel.shard_examples(np.zeros((9, 2)), parallel.data_mesh(jax.devices()[:2]))
+
+
+def test_the_step_compiles_once_per_shape():
+    traced = []
+
+    def on_batch(state, key, train_state, batch):
+        traced.append(batch.images.shape)
+        return batch
+
+    def on_epoch(state, epoch, train_state, dataset):
+        if epoch >= 3:  # fewer examples from here on
+            dataset = Dataset(dataset.images[:16], dataset.labels[:16])
+        return state, dataset, {}
+
+    recipe = dataclasses.replace(QUICK, epochs=6)
+    defense = Defense(lambda key, dataset: (), on_epoch, on_batch)
+    state = training.fit(
+        linear_model(), recipe, random_set(27, 4), key=jax.random.key(0), defense=defense
+    )
+    assert int(state.step) == 3 * 3 + 3 * 2
+    assert traced == [(8, 4, 4, 3)] * 2
+
+
+def test_a_defence_that_leaves_less_than_a_batch_is_an_error():
+    defense = Defense(
+        lambda key, dataset: (),
+        lambda state, epoch, train_state, dataset: (
+            state, jax.tree.map(lambda x: x[:5], dataset), {}
+        ),
+        keep_batch,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="5 examples, fewer than one batch of 8"):
+        training.fit(
+            linear_model(), QUICK, random_set(27, 4), key=jax.random.key(0), defense=defense
+        )
+
+
+def test_what_a_defence_tells_is_reported():
+    def on_epoch(state, epoch, train_state, dataset):
+        chosen = jnp.arange(len(dataset.labels)) < epoch
+        return state + 1, dataset, {"count": state, "chosen": chosen} if epoch else {}
+
+    log = []
+    defense = Defense(lambda key, dataset: jnp.zeros(()), on_epoch, keep_batch)
+    training.fit(
+        linear_model(), dataclasses.replace(QUICK, epochs=3), random_set(27, 4),
+        key=jax.random.key(0), defense=defense, report=lambda epoch, m: log.append(m),
+    )  # fmt: skip
+    assert "count" not in log[0]
+    assert [m["count"] for m in log[1:]] == [1.0, 2.0]
+    assert [int(m["chosen"].sum()) for m in log[1:]] == [1, 2]
+    assert log[2]["chosen"].shape == (27,)
+
+
+def test_the_same_key_gives_the_same_weights_and_another_key_others():
+    def train(seed):
+        return training.fit(
+            linear_model(), QUICK, random_set(27, 4), key=jax.random.key(seed),
+            defense=Defense(lambda key, dataset: (), keep_epoch, keep_batch),
+        ).params  # fmt: skip
+
+    first = train(0)
+    jax.tree.map(np.testing.assert_array_equal, train(0), first)
+    assert np.any(train(1)["head"]["kernel"] != first["head"]["kernel"])
+
+
+def test_the_host_drives_steps_on_cpu_only(monkeypatch):
+    for backend, want in [("cpu", True), ("gpu", False), ("tpu", False)]:
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert loops.steps_from_host() == want
