@@ -5,6 +5,7 @@ crafted against), craft the poisons, train each defence on each poisoned set, an
 trusted images alone. `cifar_hint.py` and `mnist_hint.py` give the settings.
 """
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -91,18 +92,16 @@ class Cell:
         return jax.random.fold_in(jax.random.key(self.seed), round(1000 * self.poison_ratio))
 
 
-def main(presets: dict[str, Config], description: str) -> None:
+def main(presets: dict[str, Config], description: str | None) -> None:
     """Runs the command line: `--preset NAME`, then any setting of `Config` as a flag."""
-    arguments = sys.argv[1:]
-    preset = "quick" if jax.default_backend() == "cpu" else "paper"
-    if "--preset" in arguments:
-        at = arguments.index("--preset")
-        preset = arguments[at + 1] if at + 1 < len(arguments) else ""
-        del arguments[at : at + 2]
-    if preset not in presets:
-        sys.exit(f"--preset must be one of {', '.join(presets)}, not {preset!r}")
-    description += f"\n\n--preset {{{','.join(presets)}}}: defaults of all settings (now: {preset})"
-    config = tyro.cli(Config, args=arguments, default=presets[preset], description=description)
+    preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    default = "quick" if jax.default_backend() == "cpu" else "paper"
+    preset_parser.add_argument("--preset", choices=list(presets), default=default)
+    chosen, rest = preset_parser.parse_known_args()
+    description = (
+        f"{description}\n--preset {{{','.join(presets)}}} sets all defaults (now: {chosen.preset})."
+    )
+    config = tyro.cli(Config, args=rest, default=presets[chosen.preset], description=description)
     try:
         study(config)
     except (ValueError, OSError, RuntimeError) as error:
@@ -116,6 +115,7 @@ def study(config: Config) -> None:
     check(config, model)
     cells = [cell for seed in config.seeds for cell in cells_of(config, seed)]
     budgets = {cell: epochs_of(config, cell) for cell in cells}
+    source = load(config, config.seeds[0]).source
     with run.Meter(sum(budgets.values())) as meter:
         done, rows = 0, []
         for cell in cells:
@@ -126,10 +126,10 @@ def study(config: Config) -> None:
                 output.finish(cell.name, row)
             done += budgets[cell]
             rows.append(row)
-    text = tables.comparison(rows, config.dataset, config.data, config.epsilon, splits.source)
+    text = tables.comparison(rows, config.dataset, config.data, config.epsilon, source)
     print("\n" + text)
     (output.folder / "table.md").write_text(text)
-    output.write_result(rows, source=splits.source)
+    output.write_result(rows, source=source)
     pictured = [cell for cell in cells if cell.defense == "hint" and cell.poison_ratio > 0]
     if pictured:
         path = draw(config, output, model, pictured[0])

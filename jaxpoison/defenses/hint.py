@@ -265,7 +265,7 @@ def _solver(config):
             return solvers.cholesky(damping=config.damping)
         case "lissa":
             return solvers.lissa(damping=config.damping, scale=50.0, num_steps=980, batch_size=50)
-        case "identity":
+        case _:
             return solvers.identity()
 
 

@@ -41,7 +41,8 @@ class Checkpoints:
         self._manager.save(
             epoch,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(tree), identity=ocp.args.JsonSave(self.identity)
+                state=ocp.args.StandardSave(tree),
+                identity=ocp.args.JsonSave({"run": self.identity}),
             ),
         )
 
@@ -59,9 +60,9 @@ class Checkpoints:
             return 0, like
         # Each part by itself: the identity says why the state would not fit.
         identity = self._read(epoch, identity=ocp.args.JsonRestore())
-        if identity != self.identity:
+        if identity["run"] != self.identity:
             raise ValueError(
-                f"{self.folder} holds a checkpoint of another run:\n  there: {identity}\n"
+                f"{self.folder} holds a checkpoint of another run:\n  there: {identity['run']}\n"
                 f"  here:  {self.identity}\nchoose another folder, or delete this one to start anew"
             )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)

@@ -20,7 +20,8 @@ def evaluator(model: Classifier, *, batch_size: int = 512, mesh: jax.sharding.Me
     """Returns the function that predicts labels with BatchNorm in evaluation mode."""
 
     def predict(variables, images):
-        return jnp.argmax(model.apply(variables, to_float(images)), axis=-1).astype(jnp.int32)
+        logits = jnp.asarray(model.apply(variables, to_float(images)))
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     predict_all = loops.map_batches(predict, batch_size=batch_size, mesh=mesh)
     return lambda variables, images: predict_all(variables, parallel.replicate(images, mesh))

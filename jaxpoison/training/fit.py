@@ -136,7 +136,7 @@ def train_step(
         images, labels = parallel.constrain_examples(
             (to_float(dataset.images[indices]), dataset.labels[indices]), mesh
         )
-        batch = Dataset(augment(augment_key, images), labels)
+        batch = dataset._replace(images=augment(augment_key, images), labels=labels)
         batch = defense.on_batch(defense_state, defense_key, state, batch)
 
         def loss_fn(params):
