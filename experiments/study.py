@@ -126,7 +126,8 @@ def study(config: Config) -> None:
                 output.finish(cell.name, row)
             done += budgets[cell]
             rows.append(row)
-    text = tables.comparison(rows, config.dataset, config.data, config.epsilon, source)
+    attack = f"{' + '.join(config.attacks).upper()} within ±{255 * config.epsilon:.3g}/255"
+    text = tables.comparison(rows, config.dataset, config.data, attack, source)
     print("\n" + text)
     (output.folder / "table.md").write_text(text)
     output.write_result(rows, source=source)

@@ -11,7 +11,7 @@ LABELS = {"none": "none", "hint": "HINT", "trusted": "trusted images alone"}
 
 
 def comparison(
-    rows: list[dict[str, Any]], dataset: str, data: str, epsilon: float, source: str
+    rows: list[dict[str, Any]], dataset: str, data: str, attack: str, source: str
 ) -> str:
     """Returns a Markdown table of final test accuracies, mean ± sd over seeds."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
@@ -20,8 +20,7 @@ def comparison(
         key = (trusted, None if trusted else row["poison_ratio"], row["defense"])
         groups.setdefault(key, []).append(row)
     lines = [
-        f"Test accuracy (%) after the last epoch. {source}; attack budget {epsilon:.3f} "
-        f"({255 * epsilon:.1f}/255) per pixel.",
+        f"Test accuracy (%) after the last epoch. {source}; attack: {attack}.",
         "",
         "| p | defence | ours | seeds | training images | seconds | paper |",
         "|---|---|---|---|---|---|---|",
