@@ -112,7 +112,7 @@ def test_batch_size_does_not_change_dap_and_progress_is_told():
         lambda done, total: told.append((done, total)),
     )  # fmt: skip
     np.testing.assert_allclose(parts, whole, atol=1e-6)
-    assert told == [(24, 61), (48, 61), (61, 61)]  # 20 rounded up to a multiple of 8 devices
+    assert told == [(16, 61), (32, 61), (48, 61), (61, 61)]  # equal batches, on 8 devices
 
 
 @pytest.mark.parametrize("epsilon", [0.0, -0.1, 1.1, 8.0, float("nan")])

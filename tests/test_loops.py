@@ -91,3 +91,17 @@ def test_map_batches_does_not_depend_on_the_batches(form, num_devices, num_examp
     np.testing.assert_array_equal(got["pair"][1], x)
     wanted = -(-min(batch_size, num_examples) // num_devices) * num_devices
     assert set(batches) == {wanted}
+
+
+@pytest.mark.parametrize("num_examples", [1, 7, 512, 513, 1250, 59_000])
+@pytest.mark.parametrize("batch_size", [1, 20, 512])
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_even_batches_cover_all_and_waste_less_than_a_row_of_devices(
+    num_examples, batch_size, num_devices
+):
+    mesh = parallel.data_mesh(jax.devices()[:num_devices])
+    size, num_batches = loops.even_batches(num_examples, batch_size, mesh)
+    assert size % num_devices == 0
+    assert size < batch_size + num_devices
+    assert (num_batches - 1) * size < num_examples <= num_batches * size
+    assert num_batches * size - num_examples < num_batches * num_devices or num_devices > 1

@@ -73,7 +73,7 @@ def pgd(
       step: size of a step; default 2/255, or epsilon / 4 where that cannot cross the budget in
         `num_steps` (as on MNIST with epsilon = 0.3).
       num_steps: gradient steps.
-      batch_size: images crafted at once.
+      batch_size: most images crafted at once.
     """
     _check_epsilon(epsilon)
     if step is None:
@@ -148,7 +148,7 @@ def _signed_descent(start, objective, epsilon, step, num_steps, batch_size):
         descend = loops.scan(move)
         variables = parallel.replicate(victim.variables, mesh)
         num_images = len(images)
-        size = min(batch_size, num_images) + (-min(batch_size, num_images)) % mesh.size
+        size, _ = loops.even_batches(num_images, batch_size, mesh)
         crafted = []
         for first in range(0, num_images, size):
             rows = jnp.minimum(jnp.arange(first, first + size), num_images - 1)
