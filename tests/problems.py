@@ -125,7 +125,8 @@ class Dense(NamedTuple):
 @functools.cache
 def dense(problem_fn: Callable[[], Problem]) -> Dense:
     """Returns the matrices of `problem_fn()`, by autodiff of one example at a time."""
-    problem = problem_fn()  # outside: with x64 on, other numbers would be drawn
+    with jax.enable_x64(False):  # callers may have it on, and other numbers would be drawn
+        problem = problem_fn()
     with jax.enable_x64(True):
         params, group, train = map(float64, (problem.params, problem.group, problem.train))
         flat, unravel = ravel_pytree(params)
