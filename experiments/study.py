@@ -7,6 +7,7 @@ trusted images alone. `cifar_hint.py` and `mnist_hint.py` give the settings.
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -272,8 +273,9 @@ def draw(config: Config, output: run.Run, model: models.Classifier, cell: Cell) 
     return path
 
 
+@functools.lru_cache(maxsize=1)  # the cells of a seed follow each other
 def load(config: Config, seed: int) -> Splits:
-    """Returns the data of one seed."""
+    """Returns the data of one seed, read once for all its cells."""
     if config.data == "embedded":
         splits = data.load_embedded(config.dataset, seed=seed)
     else:

@@ -16,6 +16,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8")
 
 def run(block):
     names = {}
+    # Executing them is the test; the text is this repository's own README, never input.
     exec(compile(block, str(README), "exec"), names)
     return names
 
