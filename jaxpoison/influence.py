@@ -20,6 +20,7 @@ are rounded to fewer than 24 bits by default, which bounds what a solver can rea
 `jax.default_matmul_precision("highest")` where that matters.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,6 +40,8 @@ def group_ihvp(
     *,
     solver: solvers.Solver,
     curvature: Curvature | None = None,
+    group_weights: jax.Array | None = None,
+    train_weights: jax.Array | None = None,
     chunk_size: int | None = None,
     key: jax.Array | None = None,
     axis_name: AxisName = None,
@@ -53,7 +56,11 @@ def group_ihvp(
       train: examples over which H is the mean, pytrees with leading axis N.
       solver: `solvers.cg(damping=0.5)` or another of `solvers`; it holds the damping.
       curvature: None for the Hessian of `loss_fn`; or `curvature.gauss_newton(...)`, positive
-        semi-definite for whole networks.
+        semi-definite for whole networks; or `curvature.linear_head` for a last layer over cached
+        features; any of them `with_l2` where the training objective has a penalty.
+      group_weights: `[M]`, for a weighted mean; None for the plain one. See `curvature.product`.
+      train_weights: `[N]`, the same for H. Weights of 0 make batches of unequal size equal, as
+        `jax.vmap` over several groups needs.
       chunk_size: examples per pass over `group` and `train`; memory is then that of one chunk.
         None: all at once, linearised once for all steps of the solver.
       key: PRNG key for stochastic solvers.
@@ -66,20 +73,21 @@ def group_ihvp(
       the group's loss for small t > 0.
 
     Raises:
-      ValueError: for losses that are not one per example, empty or ragged batches, chunk_size < 1,
-        or a stochastic solver without a key.
+      ValueError: for losses that are not one per example, empty or ragged batches, weights of
+        another shape, negative or all zero, chunk_size < 1, or a random solver without a key.
       TypeError: for parameters that are not floating point.
     """
     curvatures.count_examples(train, "train")
-    rhs = group_gradient(loss_fn, params, group, chunk_size=chunk_size, axis_name=axis_name)
-    curvature = curvatures.hessian(loss_fn) if curvature is None else curvature
-    matvec = curvatures.product(
-        curvature, params, train, chunk_size=chunk_size, axis_name=axis_name
+    rhs = group_gradient(
+        loss_fn, params, group, weights=group_weights, chunk_size=chunk_size, axis_name=axis_name
     )
+    curvature = curvatures.hessian(loss_fn) if curvature is None else curvature
+    over_train = {"weights": train_weights, "axis_name": axis_name}
+    matvec = curvatures.product(curvature, params, train, chunk_size=chunk_size, **over_train)
 
     def sample(sample_key, batch_size):
         return curvatures.minibatch_product(
-            curvature, params, train, sample_key, batch_size=batch_size, axis_name=axis_name
+            curvature, params, train, sample_key, batch_size=batch_size, **over_train
         )
 
     solution = solver(matvec, rhs, sample=sample, key=key)
@@ -94,25 +102,28 @@ def group_gradient(
     params: Params,
     group: Batch,
     *,
+    weights: jax.Array | None = None,
     chunk_size: int | None = None,
     axis_name: AxisName = None,
 ) -> Params:
     """Returns v = grad_theta (1/M) sum_i l_i over `group`, shaped like `params`.
 
-    Arguments as for `group_ihvp`. Half-precision parameters give a float32 gradient.
+    Arguments as for `group_ihvp`; with `weights` it is the gradient of the weighted mean. Half-
+    precision parameters give a float32 gradient.
     """
     num_examples = curvatures.count_examples(group, "group")
     params = _check_floating(params, "params")
     params = curvatures.device_local(
-        curvatures.at_least_float32(params), group, axis_name=axis_name
+        curvatures.at_least_float32(params), group, weights, axis_name=axis_name
     )
-    num_chunks, take = curvatures.chunks(group, chunk_size)
+    weights = curvatures.normalised_weights(weights, num_examples, "group_weights", axis_name)
+    num_chunks, take = curvatures.chunks(group, chunk_size, weights)
 
     def gradient(index):
-        chunk, valid = take(index)
-        return jax.grad(
-            lambda p: curvatures.weighted_loss(loss_fn, p, chunk, valid / num_examples)
-        )(params)
+        chunk, chunk_weights = take(index)
+        return jax.grad(lambda p: curvatures.weighted_loss(loss_fn, p, chunk, chunk_weights))(
+            params
+        )
 
     if num_chunks == 1:
         total = gradient(0)
@@ -201,7 +212,7 @@ def linear_head_loss(head_params: Params, batch: Batch) -> jax.Array:
 
     HINT differentiates the last layer only, whose features do not depend on its weights: cache
     them, and `group_ihvp` costs two small matrix products a step. The Hessian is positive
-    semi-definite and equals the Gauss-Newton matrix.
+    semi-definite and equals the Gauss-Newton matrix; `curvature.linear_head` is its closed form.
 
     Args:
       head_params: `{"kernel": [d, K], "bias": [K]}`, the layout of `flax.linen.Dense`.
@@ -213,6 +224,41 @@ def linear_head_loss(head_params: Params, batch: Batch) -> jax.Array:
     logits = logits + head_params["bias"]
     one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(one_hot * logits, axis=-1)
+
+
+def split_params(
+    params: Params, predicate: Callable[[str, jax.Array], bool]
+) -> tuple[Params, Callable[[Params], Params]]:
+    """Returns the parameters that influence is to act through, and how to put them back.
+
+        head, merge = split_params(params, lambda path, leaf: path.startswith("head/"))
+        s = group_ihvp(lambda head, batch: loss_fn(merge(head), batch), head, ...)
+
+    Args:
+      params: pytree of arrays.
+      predicate: `predicate(path, leaf) -> bool`, with keys and indices joined by slashes for path.
+
+    Returns:
+      `selected`, which is `params` with None (for JAX: nothing at all) in place of the leaves that
+      were not chosen, and `merge(selected) -> params`.
+
+    Raises:
+      ValueError: if no leaf is selected; the message lists the paths.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    chosen = [bool(predicate(path, leaf)) for path, (_, leaf) in zip(paths, leaves, strict=True)]
+    if not any(chosen):
+        raise ValueError(f"the predicate selects no parameters; there are: {', '.join(paths)}")
+    picked = [leaf if pick else None for pick, (_, leaf) in zip(chosen, leaves, strict=True)]
+
+    def merge(selected):
+        own = treedef.flatten_up_to(selected)
+        return treedef.unflatten(
+            [x if pick else leaf for pick, x, (_, leaf) in zip(chosen, own, leaves, strict=True)]
+        )
+
+    return treedef.unflatten(picked), merge
 
 
 def _directional_losses(loss_fn, params, direction, batch):
