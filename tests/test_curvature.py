@@ -169,3 +169,108 @@ def test_errors_say_what_is_wrong():
         curvature.product(columns, problem.params, problem.train)
     with pytest.raises(ValueError, match="pair"):
         curvature.product(kind_of(problem, "gauss_newton"), problem.params, problem.train[0])
+
+
+def test_linear_head_is_the_hessian_of_linear_head_loss():
+    problem, dense = problems.softmax_head(), problems.dense(problems.softmax_head)
+    weights = jnp.linspace(0.1, 2, 64)
+    u = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), problem.params)
+    closed, automatic = (
+        curvature.product(c, problem.params, problem.train, weights=weights, chunk_size=24)(u)
+        for c in (curvature.linear_head, curvature.hessian(problem.loss_fn))
+    )
+    assert relative_error(ravel(closed), ravel(automatic)) < 1e-6
+    got = curvature.product(curvature.linear_head, problem.params, problem.train)(u)
+    assert relative_error(ravel(got), dense.hessian @ ravel(u)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("chunk_size", [None, 24])
+def test_weights_are_those_of_a_weighted_mean(kind, chunk_size):
+    """A weight of 2 is the example twice, a weight of 0 is the example left out."""
+    problem = problems.small_network()
+    weights = jnp.asarray(np.random.default_rng(0).integers(0, 3, 64), jnp.float32)
+    u = jax.tree.map(jnp.cos, problem.params)
+    repeated = jax.tree.map(
+        lambda x: np.repeat(np.asarray(x), np.asarray(weights, int), axis=0), problem.train
+    )
+    make = functools.partial(curvature.product, kind_of(problem, kind), problem.params)
+    want = make(repeated)(u)
+    got = make(problem.train, weights=3.5 * weights, chunk_size=chunk_size)(u)
+    assert relative_error(ravel(got), ravel(want)) < 1e-6
+
+
+@pytest.mark.parametrize("wrap", [problems.shard_map, problems.pmap, problems.sharded_jit])
+def test_weights_that_differ_in_sum_between_devices(wrap):
+    problem = problems.softmax_head()
+    weights = jnp.arange(64.0)
+    u = jax.tree.map(jnp.cos, problem.params)
+
+    def multiply(params, group, train, axis_name):
+        del group
+        inputs, labels, weights = train
+        return curvature.product(
+            curvature.hessian(problem.loss_fn),
+            params,
+            (inputs, labels),
+            weights=weights,
+            axis_name=axis_name,
+        )(u)
+
+    data = problem.params, problem.group, (*problem.train, weights)
+    assert relative_error(ravel(wrap(multiply, *data)), ravel(problems.jit(multiply, *data))) < 2e-6
+
+
+def test_weighted_minibatches_average_to_the_weighted_whole():
+    problem = problems.softmax_head()
+    weights = jnp.where(jnp.arange(64) < 20, 1.0, 0.0)
+    args = curvature.hessian(problem.loss_fn), problem.params, problem.train
+    u = jax.tree.map(jnp.cos, problem.params)
+
+    def draw(key):
+        return curvature.minibatch_product(*args, key, batch_size=32, weights=weights)(u)
+
+    several = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 4000))
+    mean = jax.tree.map(lambda x: x.mean(0), several)
+    want = curvature.product(*args, weights=weights)(u)
+    assert relative_error(ravel(mean), ravel(want)) < 0.03
+    unweighted = curvature.product(*args)(u)
+    assert relative_error(ravel(unweighted), ravel(want)) > 0.1
+
+
+@pytest.mark.parametrize("chunk_size", [None, 24])
+def test_l2_penalty_adds_its_strength_to_the_diagonal(chunk_size):
+    problem, dense = problems.softmax_head(), problems.dense(problems.softmax_head)
+    strength = {"kernel": 0.3, "bias": 0.0}
+    regularised = curvature.with_l2(curvature.linear_head, strength)
+    u = jax.tree.map(jnp.cos, problem.params)
+    got = curvature.product(regularised, problem.params, problem.train, chunk_size=chunk_size)(u)
+    diagonal = ravel(jax.tree.map(lambda x, s: jnp.full_like(x, s), problem.params, strength))
+    assert relative_error(ravel(got), dense.hessian @ ravel(u) + diagonal * ravel(u)) < 1e-6
+
+
+def test_a_jitted_function_may_return_a_linearised_product():
+    problem, dense = problems.small_network(), problems.dense(problems.small_network)
+    u = jax.tree.map(jnp.cos, problem.params)
+    for kind in ("hessian", "gauss_newton"):
+        chosen = kind_of(problem, kind)
+        operator = jax.jit(lambda p, t, c=chosen: curvature.product(c, p, t))(
+            problem.params, problem.train
+        )
+        multiply = jax.jit(lambda operator, u: operator(u))
+        want = getattr(dense, kind) @ ravel(u)
+        assert relative_error(ravel(multiply(operator, u)), want) < 1e-5
+        jaxpr = str(jax.make_jaxpr(lambda operator, u: operator(u))(operator, u))
+        assert "tanh" not in jaxpr  # no forward pass
+
+
+def test_errors_of_weights():
+    problem = problems.softmax_head()
+    make = functools.partial(
+        curvature.product, curvature.linear_head, problem.params, problem.train
+    )
+    with pytest.raises(ValueError, match=r"weights .*shape \(64,\), got shape \(3,\)"):
+        make(weights=jnp.ones(3))
+    for bad in (jnp.zeros(64), -jnp.ones(64), jnp.ones(64).at[0].set(jnp.nan)):
+        with pytest.raises(ValueError, match="finite, not negative, and not all zero"):
+            make(weights=bad)

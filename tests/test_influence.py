@@ -15,26 +15,33 @@ SOLVERS = {
     "cg": solvers.cg(damping=DAMPING),
     "cholesky": solvers.cholesky(damping=DAMPING),
     "lissa": solvers.lissa(damping=DAMPING, scale=2.0, batch_size=None, num_steps=60),
+    "nystrom": solvers.nystrom(damping=DAMPING, rank=72),
 }
 CASES = {  # the Hessian of the small network is indefinite beyond this damping
     "head": (problems.softmax_head, "hessian"),
+    "closed_head": (problems.softmax_head, "linear_head"),
     "network": (problems.small_network, "gauss_newton"),
 }
 
 
 def curvature_of(problem, kind):
-    if kind == "hessian":
-        return None
-    return curvature.gauss_newton(problem.output_fn, problem.output_loss)
+    return {
+        "hessian": None,
+        "linear_head": curvature.linear_head,
+        "gauss_newton": curvature.gauss_newton(problem.output_fn, problem.output_loss),
+    }[kind]
 
 
 @pytest.mark.parametrize(
     ("wrap", "solver", "case"),
     [
         *((wrap, "cg", "head") for wrap in problems.COMPOSITIONS),
-        *((wrap, "cg", "network") for wrap in (problems.sharded_jit, problems.shard_map)),
-        *((wrap, "cholesky", "head") for wrap in (problems.vmap, problems.shard_map)),
-        *((wrap, "lissa", "head") for wrap in (problems.vmap, problems.shard_map, problems.pmap)),
+        *((wrap, "cg", "network") for wrap in problems.COMPOSITIONS),
+        *((wrap, "cg", "closed_head") for wrap in (problems.sharded_jit, problems.shard_map)),
+        *((wrap, "cholesky", "head") for wrap in problems.COMPOSITIONS),
+        *((wrap, "lissa", "head") for wrap in problems.COMPOSITIONS),
+        *((wrap, "nystrom", "closed_head") for wrap in problems.COMPOSITIONS),
+        *((problems.jit, solver, "network") for solver in ("cholesky", "lissa", "nystrom")),
     ],
 )
 def test_group_ihvp_equals_dense_solve_in_every_composition(wrap, solver, case):
@@ -49,11 +56,13 @@ def test_group_ihvp_equals_dense_solve_in_every_composition(wrap, solver, case):
             train,
             solver=SOLVERS[solver],
             curvature=curvature_of(problem, kind),
+            key=jax.random.key(0),
             axis_name=axis_name,
         )
 
     solution = wrap(ihvp, problem.params, problem.group, problem.train)
-    assert relative_error(ravel(solution.value), dense.solve(DAMPING, getattr(dense, kind))) < 1e-5
+    matrix = dense.gauss_newton if kind == "gauss_newton" else dense.hessian
+    assert relative_error(ravel(solution.value), dense.solve(DAMPING, matrix)) < 1e-5
     assert solution.residual < 1e-5
     assert solution.converged
     assert jax.tree.structure(solution.value) == jax.tree.structure(problem.params)
@@ -259,6 +268,105 @@ def test_group_ihvp_is_linear_in_the_group_and_blind_to_order():
         for data, order in zip((problem.group, problem.train), orders, strict=True)
     )
     assert relative_error(ravel(ihvp(group, train)), whole) < 1e-5
+
+
+def test_one_ihvp_per_class_under_vmap_with_weights():
+    """Groups of unequal size, as weights over one batch: each is the IHVP of its class alone."""
+    problem = problems.softmax_head()
+    inputs, labels = problem.group
+
+    def ihvp(group, weights=None):
+        return influence.group_ihvp(
+            problem.loss_fn,
+            problem.params,
+            group,
+            problem.train,
+            solver=SOLVERS["cg"],
+            group_weights=weights,
+        )
+
+    weights = (labels == jnp.arange(3)[:, None]).astype(jnp.float32)
+    sizes = weights.sum(axis=1)
+    assert len(set(sizes.tolist())) > 1
+    together = jax.jit(jax.vmap(lambda w: ihvp(problem.group, w)))(weights)
+    assert together.converged.all()
+    for label in range(3):
+        alone = ihvp((inputs[labels == label], labels[labels == label]))
+        value = jax.tree.map(lambda x, label=label: x[label], together.value)
+        assert relative_error(ravel(value), ravel(alone.value)) < 1e-5
+
+
+@pytest.mark.parametrize("wrap", problems.COMPOSITIONS)
+def test_padded_batches_with_weights_of_zero_in_every_composition(wrap):
+    """Five copies of the last example fill up the group, eight fill up the training set."""
+    problem = problems.softmax_head()
+
+    def fill_up(data, num_real):
+        last = num_real - 1
+        return jax.tree.map(lambda x: x[np.minimum(np.arange(len(x)), last)], data)
+
+    def ihvp(params, group, train, axis_name):
+        (group, group_weights), (train, train_weights) = group, train
+        return influence.group_ihvp(
+            problem.loss_fn,
+            params,
+            group,
+            train,
+            solver=SOLVERS["cg"],
+            group_weights=group_weights,
+            train_weights=train_weights,
+            axis_name=axis_name,
+        )
+
+    got = wrap(
+        ihvp,
+        problem.params,
+        (fill_up(problem.group, 11), (jnp.arange(16) < 11).astype(jnp.float32)),
+        (fill_up(problem.train, 56), (jnp.arange(64) < 56).astype(jnp.float32)),
+    )
+    want = influence.group_ihvp(
+        problem.loss_fn,
+        problem.params,
+        jax.tree.map(lambda x: x[:11], problem.group),
+        jax.tree.map(lambda x: x[:56], problem.train),
+        solver=SOLVERS["cg"],
+    )
+    assert relative_error(ravel(got.value), ravel(want.value)) < 1e-5
+
+
+def test_influence_through_a_part_of_the_parameters():
+    problem = problems.small_network()
+    out, merge = influence.split_params(problem.params, lambda path, leaf: path == "out/kernel")
+    assert [x.shape for x in jax.tree.leaves(out)] == [(8, 3)]
+    np.testing.assert_array_equal(ravel(merge(out)), ravel(problem.params))
+
+    def loss_fn(out, batch):
+        return problem.loss_fn(merge(out), batch)
+
+    def features(batch):
+        inputs, labels = batch
+        kernel, bias = problem.params["hidden"]
+        return jnp.tanh(inputs @ kernel + bias), labels
+
+    def head_loss(kernel, batch):
+        return influence.linear_head_loss({"kernel": kernel, "bias": jnp.zeros(3)}, batch)
+
+    part = influence.group_ihvp(loss_fn, out, problem.group, problem.train, solver=SOLVERS["cg"])
+    cached = influence.group_ihvp(
+        head_loss,
+        problem.params["out"]["kernel"],
+        features(problem.group),
+        features(problem.train),
+        solver=SOLVERS["cg"],
+    )
+    assert relative_error(ravel(part.value), ravel(cached.value)) < 1e-5
+    scores = influence.example_influence(loss_fn, out, part.value, problem.train)
+    want = influence.example_influence(
+        head_loss, problem.params["out"]["kernel"], cached.value, features(problem.train)
+    )
+    assert relative_error(scores, want) < 1e-5
+    with pytest.raises(ValueError, match="selects no parameters; there are: hidden/0, hidden/1"):
+        influence.split_params(problem.params, lambda path, leaf: False)
 
 
 def direction(problem, seed=3):

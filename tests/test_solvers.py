@@ -5,7 +5,7 @@ import problems
 import pytest
 from problems import ravel, relative_error
 
-from jaxpoison import influence, solvers
+from jaxpoison import curvature, influence, solvers
 
 DAMPING = 0.5
 
@@ -352,3 +352,169 @@ def test_errors_say_what_is_wrong():
             problem.train,
             solver=solvers.lissa(damping=1.0, scale=10.0),
         )
+
+
+def test_lissa_stops_once_it_has_come_to_rest_and_not_before():
+    _, matvec, rhs, _ = quadratic(np.linspace(0, 4, 9))
+
+    def run(**settings):
+        return solvers.lissa(damping=DAMPING, scale=5.0, batch_size=None, num_steps=2000)(
+            matvec, rhs, **settings
+        )
+
+    rested = run()
+    assert rested.converged and 25 <= rested.num_steps < 400
+    assert rested.residual < 1e-4
+    with_batches = run_lissa(key=jax.random.key(0), batch_size=8, num_steps=60)
+    assert with_batches.num_steps == 60
+
+
+def test_lissa_gives_up_once_it_has_exploded():
+    solution = run_lissa(scale=0.05, num_steps=2000, batch_size=16)
+    assert solution.num_steps <= 100 and not solution.converged
+
+
+@pytest.mark.parametrize(
+    ("problem_fn", "damping"),
+    [(problems.softmax_head, 0.5), (problems.mnist_head, 0.5), (problems.small_network, 2.0)],
+)
+def test_automatic_scale_of_lissa_never_diverges(problem_fn, damping):
+    """Over 16 keys; the damping of the network makes its indefinite Hessian definite."""
+    problem = problem_fn()
+    solver = solvers.lissa(damping=damping, batch_size=8, num_steps=150)
+
+    def ihvp(key):
+        return influence.group_ihvp(
+            problem.loss_fn, problem.params, problem.group, problem.train, solver=solver, key=key
+        )
+
+    solutions = jax.jit(jax.vmap(ihvp))(jax.random.split(jax.random.key(5), 16))
+    assert np.isfinite(solutions.residual).all() and (solutions.residual < 1).all()
+    assert (solutions.num_steps == 150).all()
+
+
+def test_lissa_on_an_indefinite_system_is_not_converged():
+    _, matvec, rhs, _ = quadratic([-1.0, *np.linspace(0.1, 4, 8)])
+    solution = solvers.lissa(damping=0.5, batch_size=None)(matvec, rhs, key=jax.random.key(0))
+    assert not solution.converged
+
+
+@pytest.mark.parametrize("rank", [9, 30])
+def test_nystrom_of_full_rank_equals_a_dense_solve(rank):
+    matrix, matvec, rhs, flat = quadratic(np.linspace(0, 4, 9))
+    solver = solvers.nystrom(damping=DAMPING, rank=rank, columns_at_once=4)
+    solution = jax.jit(lambda v, key: solver(matvec, v, key=key))(rhs, jax.random.key(0))
+    want = np.linalg.solve(matrix + DAMPING * np.eye(9), flat)
+    assert relative_error(ravel(solution.value), want) < 1e-5
+    assert solution.converged and solution.residual < 1e-5
+
+
+def test_nystrom_is_exact_beyond_the_rank_of_the_matrix_and_honest_below_it():
+    eigenvalues = [0.0] * 30 + [1.0, 2.0, 5.0, 20.0]
+    matrix, matvec, rhs, flat = quadratic(eigenvalues)
+    want = np.linalg.solve(matrix + DAMPING * np.eye(34), flat)
+    solve = {
+        rank: solvers.nystrom(damping=DAMPING, rank=rank)(matvec, rhs, key=jax.random.key(0))
+        for rank in (2, 8)
+    }
+    assert relative_error(ravel(solve[8].value), want) < 1e-5 and solve[8].converged
+    assert solve[2].residual > 0.1 and not solve[2].converged
+
+
+def test_nystrom_preconditioner_saves_steps_of_cg():
+    eigenvalues = [*np.logspace(0, 2, 10), *np.linspace(0, 0.1, 90)]
+    matrix, matvec, rhs, flat = quadratic(eigenvalues)
+    precondition = solvers.nystrom_preconditioner(
+        matvec, rhs, jax.random.key(0), damping=0.1, rank=20
+    )
+    plain, helped = (
+        solvers.cg(damping=0.1, tolerance=1e-5, preconditioner=m)(matvec, rhs)
+        for m in (None, precondition)
+    )
+    assert plain.converged and helped.converged
+    assert helped.num_steps <= 8 < plain.num_steps
+    want = np.linalg.solve(matrix + 0.1 * np.eye(100), flat)
+    assert relative_error(ravel(helped.value), want) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["cg", "cholesky", "nystrom"])
+def test_many_right_hand_sides_under_vmap_share_what_does_not_depend_on_them(name):
+    matrix, matvec, rhs, _ = quadratic(np.linspace(0, 4, 9))
+    solver = {
+        "cg": EXACT["cg"],
+        "cholesky": solvers.cholesky(damping=DAMPING),
+        "nystrom": solvers.nystrom(damping=DAMPING, rank=9),
+    }[name]
+    several = jax.tree.map(lambda x: jnp.stack([x, 2 * x, x + 1]), rhs)
+
+    def solve(several):
+        return jax.vmap(lambda v: solver(matvec, v, key=jax.random.key(0)))(several)
+
+    solutions = jax.jit(solve)(several)
+    assert solutions.residual.shape == (3,) and solutions.converged.all()
+    inverse = np.linalg.inv(matrix + DAMPING * np.eye(9))
+    for i in range(3):
+        value, v = (jax.tree.map(lambda x, i=i: x[i], tree) for tree in (solutions.value, several))
+        assert relative_error(ravel(value), inverse @ ravel(v)) < 1e-5
+    if name != "cg":  # one factorisation of a 9 x 9 matrix, not three
+        assert "3,9,9" not in str(jax.make_jaxpr(solve)(several))
+
+
+@pytest.mark.parametrize("eigenvalues", [np.linspace(0, 4, 12), [-5.0, *np.linspace(0, 40, 11)]])
+@pytest.mark.parametrize("num_steps", [12, 40])  # 40 are more than there are dimensions
+def test_spectrum_equals_dense_eigenvalues(eigenvalues, num_steps):
+    _, matvec, rhs, _ = quadratic(eigenvalues)
+    found = jax.jit(lambda k: solvers.spectrum(matvec, rhs, k, num_steps=num_steps))(
+        jax.random.key(0)
+    )
+    np.testing.assert_allclose(found.smallest, min(eigenvalues), atol=1e-5 * max(eigenvalues))
+    np.testing.assert_allclose(found.largest, max(eigenvalues), rtol=1e-5)
+    assert found.smallest_error < 1e-3 * max(eigenvalues) > found.largest_error
+
+
+def test_spectrum_comes_from_inside_and_its_error_bounds_hold():
+    eigenvalues = np.concatenate([[-3.0], np.random.default_rng(0).normal(size=200), [9.0]])
+    _, matvec, rhs, _ = quadratic(eigenvalues)
+    errors = []
+    for num_steps in (1, 4, 8, 24):
+        found = solvers.spectrum(matvec, rhs, jax.random.key(1), num_steps=num_steps)
+        assert found.smallest >= -3 - 1e-4 and found.largest <= 9 + 1e-4
+        for value, error in zip(found[:2], found[2:], strict=True):
+            assert np.min(np.abs(eigenvalues - value)) <= error + 1e-4
+        errors.append(9 - found.largest)
+    assert errors[-1] < 1e-4 < errors[0]
+
+
+def test_spectrum_of_zero_and_of_the_identity():
+    rhs = {"a": jnp.ones((3, 2))}
+    for factor in (0.0, 2.0):
+        found = solvers.spectrum(
+            lambda u, factor=factor: jax.tree.map(lambda x: factor * x, u), rhs, jax.random.key(0)
+        )
+        np.testing.assert_allclose(found, (factor, factor, 0, 0), atol=1e-5)
+
+
+def test_spectrum_tells_which_damping_makes_cg_converge():
+    problem, dense = problems.small_network(), problems.dense(problems.small_network)
+    matvec = curvature.product(curvature.hessian(problem.loss_fn), problem.params, problem.train)
+    found = solvers.spectrum(matvec, problem.params, jax.random.key(0), num_steps=72)
+    eigenvalues = np.linalg.eigvalsh(dense.hessian)
+    np.testing.assert_allclose(found.smallest, eigenvalues[0], rtol=1e-3)
+    np.testing.assert_allclose(found.largest, eigenvalues[-1], rtol=1e-3)
+    assert eigenvalues[0] < -0.01
+    enough = solvers.cg(damping=float(-1.2 * found.smallest))
+    assert enough(matvec, problem.params).converged
+
+
+def test_errors_of_low_rank_and_spectrum():
+    _, matvec, rhs, _ = quadratic(np.linspace(0, 4, 9))
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        solvers.nystrom(damping=1.0, rank=0)
+    with pytest.raises(ValueError, match="damping must be positive"):
+        solvers.nystrom(damping=0.0, rank=4)
+    with pytest.raises(ValueError, match="pass a PRNG key"):
+        solvers.nystrom(damping=1.0, rank=4)(matvec, rhs)
+    with pytest.raises(ValueError, match="damping must be positive"):
+        solvers.nystrom_preconditioner(matvec, rhs, jax.random.key(0), damping=-1.0, rank=4)
+    with pytest.raises(ValueError, match="num_steps must be at least 1"):
+        solvers.spectrum(matvec, rhs, jax.random.key(0), num_steps=0)
