@@ -1,5 +1,6 @@
-"""The Python examples of the README run as they are printed."""
+"""The Python examples of the README and of the guides run as they are printed."""
 
+import doctest
 import re
 from pathlib import Path
 
@@ -87,6 +88,13 @@ def test_signs_are_as_the_text_says():
         < before
         < trusted_loss(train[0] + 0.1 * maps, ones)[0]
     )
+
+
+@pytest.mark.parametrize("guide", ["influence.md"])
+def test_guides_print_what_they_say(guide):
+    path = README.parent / "docs" / guide
+    result = doctest.testfile(str(path), module_relative=False, optionflags=doctest.ELLIPSIS)
+    assert result.attempted > 20 and result.failed == 0
 
 
 def test_hint_example(few_images, capsys):
