@@ -158,13 +158,13 @@ def main() -> None:
 def draw(cases, path):
     figure, axes = plt.subplots(1, len(cases), figsize=(4 * len(cases), 4), layout="constrained")
     for axis, case in zip(axes, cases, strict=True):
-        axis.scatter(case["predicted"], case["actual"], s=12)
-        ends = np.array([min(case["predicted"]), max(case["predicted"])])
+        predicted, actual = 1e3 * np.array([case["predicted"], case["actual"]])
+        axis.scatter(predicted, actual, s=12)
+        ends = np.array([predicted.min(), predicted.max()])
         axis.plot(ends, ends, color="grey", linewidth=1, label="prediction = fact")
         axis.set_title(f"{case['case']}: r = {case['pearson']:.3f}")
-        axis.set_xlabel("predicted change of the validation loss")
-        axis.ticklabel_format(scilimits=(-2, 2))
-    axes[0].set_ylabel("change after retraining without it")
+        axis.set_xlabel("predicted change of the validation loss, x 1000")
+    axes[0].set_ylabel("change after retraining without it, x 1000")
     axes[0].legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
