@@ -114,8 +114,10 @@ def _linear_head_product(features, probabilities, weights, u):
     pz = probabilities * _affine(features, u)
     errors = pz - probabilities * jnp.sum(pz, axis=-1, keepdims=True)
     errors = weights[:, None] * errors
-    kernel = jnp.matmul(features.T, errors, precision=lax.Precision.HIGHEST)
-    return {"kernel": kernel, "bias": jnp.sum(errors, axis=0)}
+    # As [K, d], which XLA's CPU backend computes twice as fast as features.T @ errors. The barrier
+    # keeps the compiler from turning the one into the other.
+    kernel = jnp.einsum("nk,nd->kd", errors, features, precision=lax.Precision.HIGHEST)
+    return {"kernel": lax.optimization_barrier(kernel).T, "bias": jnp.sum(errors, axis=0)}
 
 
 def _affine(features, head):

@@ -126,17 +126,29 @@ def test_stochastic_solver_works_inside_mapped_code(wrap):
 
 
 @pytest.mark.parametrize(
-    ("wrap", "solver"),
-    [*((wrap, "cg") for wrap in problems.COMPOSITIONS), (problems.shard_map, "cholesky")],
+    ("wrap", "solver", "kind"),
+    [
+        *((wrap, "cg", "hessian") for wrap in problems.COMPOSITIONS),
+        (problems.shard_map, "cholesky", "hessian"),
+        (problems.jit, "nystrom", "linear_head"),
+        (problems.shard_map, "cg", "linear_head"),
+    ],
 )
-def test_gradient_through_the_solution_is_right_in_every_composition(wrap, solver):
+def test_gradient_through_the_solution_is_right_in_every_composition(wrap, solver, kind):
     """d <w, s> / d params and / d train inputs, with the derivative taken outside."""
     problem = problems.softmax_head()
     weights = np.random.default_rng(0).normal(size=21).astype(np.float32)
 
     def readout(params, group, train, axis_name):
         solution = influence.group_ihvp(
-            problem.loss_fn, params, group, train, solver=SOLVERS[solver], axis_name=axis_name
+            problem.loss_fn,
+            params,
+            group,
+            train,
+            solver=SOLVERS[solver],
+            curvature=curvature_of(problem, kind),
+            key=jax.random.key(0),
+            axis_name=axis_name,
         )
         return weights @ ravel_pytree(solution.value)[0]
 

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, get_args, get_origin
 import jax
 import jax.numpy as jnp
 
-from jaxpoison import influence, loops, parallel, solvers
+from jaxpoison import curvature, influence, loops, parallel, solvers
 from jaxpoison.data import Dataset, check, check_trusted, to_float
 from jaxpoison.defenses.base import Defense, keep_batch
 from jaxpoison.models import Classifier
@@ -136,7 +136,13 @@ def hint(
         # On GPU and TPU the default products keep too few digits for a small residual.
         with jax.default_matmul_precision("highest"):
             return influence.group_ihvp(
-                influence.linear_head_loss, head, group, train, solver=solver, key=key
+                influence.linear_head_loss,
+                head,
+                group,
+                train,
+                solver=solver,
+                curvature=curvature.linear_head,
+                key=key,
             )
 
     @jax.jit
