@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpoison import models, parallel, training
+from jaxpoison import models, parallel, solvers, training
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import HintConfig, hint
 from jaxpoison.defenses.hint import RELEASED_CODE, HintState
@@ -283,6 +283,25 @@ def test_a_step_lowers_the_trusted_loss_of_a_model_that_follows_it():
     after = model.loss(*TRUSTED)
     assert after < before
     np.testing.assert_allclose(after - before, predicted, rtol=0.1)
+
+
+class LoudBody(SmoothBody):
+    """Features so large that the top eigenvalue is far above the scale of the authors' LiSSA."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        return 100 * nn.tanh(nn.Dense(5, name="dense")(x.reshape(x.shape[0], -1)))
+
+
+def test_a_diverging_solver_stops_training_and_says_what_to_change():
+    model = models.Classifier(LoudBody(), num_features=5, num_classes=NUM_CLASSES)
+    config = dataclasses.replace(CONFIG, solver="lissa", schedule=(0,))
+    defense = hint(model, TRUSTED, config, mesh=one_device())
+    with pytest.raises(solvers.DivergedError, match="HINT's solve before epoch 0") as error:
+        training.fit(
+            model, RECIPE, TRAIN, key=jax.random.key(0), defense=defense, mesh=one_device()
+        )
+    assert "leave scale=None" in str(error.value)
 
 
 def test_solvers_agree():
