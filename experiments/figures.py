@@ -1,12 +1,11 @@
 """Pictures of results, drawn from arrays and result files."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from jaxpoison.data import Dataset, to_float
+from jaxpoison.data import Dataset
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -16,8 +15,9 @@ def healthy_noise(
     path: Path,
     received: Dataset,
     noise: np.ndarray,
+    perturbed: np.ndarray,
     *,
-    predict_from: Callable[[np.ndarray], np.ndarray],
+    seen: tuple[np.ndarray, np.ndarray],
     class_names: tuple[str, ...],
     beta: float,
 ) -> None:
@@ -25,15 +25,14 @@ def healthy_noise(
 
     Args:
       path: PNG to write.
-      received: the training images as collected, with their labels.
+      received: the training images as collected, float [N, H, W, C], with their labels.
       noise: float [N, H, W, C], what HINT added.
-      predict_from: labels that the trained model predicts for images.
+      perturbed: float [N, H, W, C] in [0, 1], what was trained on.
+      seen: the labels [N] that the trained model predicts for `received` and for `perturbed`.
       class_names: names of the labels.
       beta: bound of the noise; its picture spans [-beta, beta], grey is none.
     """
-    images = np.asarray(to_float(received.images))
-    perturbed = np.clip(images + noise, 0, 1).astype(np.float32)
-    before, after = predict_from(images), predict_from(perturbed)
+    images, (before, after) = received.images, seen
     scaled = np.clip(0.5 + noise / (2 * beta), 0, 1)
     figure, axes = plt.subplots(3, len(images), figsize=(1.5 * len(images), 5.4))
     for column in range(len(images)):

@@ -1,5 +1,7 @@
 """A run's folder: its configuration, its metrics, its results, and progress on the terminal.
 
+Of several processes, the main one alone writes, reads and prints; see `jaxpoison.parallel`.
+
 config.json     the configuration, written first; another one in the same folder is an error
 metrics.jsonl   one line per epoch of each cell; lines after a resumed checkpoint are replaced
 cells/          one JSON per finished cell, so that running again does only what is missing
@@ -18,6 +20,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxpoison import parallel
 from jaxpoison.training.checkpoints import check_writable
 
 
@@ -26,38 +29,54 @@ class Run:
 
     Raises:
       PermissionError: if the folder cannot be written to.
-      ValueError: if it holds a run with another configuration.
+      ValueError: if it holds a run with another configuration; if processes were started with
+        different configurations, or see different folders.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]):
         self.folder = Path(folder)
+        self.config = json.loads(json.dumps(config, default=str))
+        main_config = parallel.on_main(lambda: self.config)
+        parallel.on_all(lambda: self._compare(main_config))
+        parallel.on_main(self._open)
+        parallel.check_shared(self.folder)
+
+    def _compare(self, main_config):
+        differing = [name for name in self.config if self.config[name] != main_config[name]]
+        if differing:
+            raise ValueError(
+                f"started with other settings than process 0: {_listing(self.config, differing)}; "
+                f"there: {_listing(main_config, differing)}"
+            )
+
+    def _open(self):
         check_writable(self.folder)
         (self.folder / "cells").mkdir(exist_ok=True)
         path = self.folder / "config.json"
-        config = json.loads(json.dumps(config, default=str))
         if path.exists():
             there = json.loads(path.read_text())
-            differing = [name for name in config if config[name] != there.get(name)]
+            differing = [name for name in self.config if self.config[name] != there.get(name)]
             if differing:
                 raise ValueError(
                     f"{self.folder} holds a run with another configuration "
-                    f"({', '.join(f'{name}: {there.get(name)!r}' for name in differing)}): "
+                    f"({_listing(there, differing)}): "
                     "choose another --run-dir, or delete it to start anew"
                 )
-        write_json(path, config)
-        self.config = config
+        write_json(path, self.config)
 
     def finished(self, cell: str) -> dict[str, Any] | None:
         """Returns what `finish` wrote for this cell, None if it has not finished."""
         path = self.folder / "cells" / f"{cell}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return parallel.on_main(lambda: json.loads(path.read_text()) if path.exists() else None)
 
     def finish(self, cell: str, row: dict[str, Any]) -> None:
         """Records a cell as done."""
-        write_json(self.folder / "cells" / f"{cell}.json", row)
+        parallel.on_main(lambda: write_json(self.folder / "cells" / f"{cell}.json", row))
 
     def log(self, cell: str, epoch: int, metrics: dict[str, float]) -> None:
         """Appends a line of metrics; replaces what a killed run logged from this epoch on."""
+        if not parallel.is_main():  # they need not wait
+            return
         path = self.folder / "metrics.jsonl"
         lines = [json.loads(line) for line in _whole_lines(path)]
         kept = [line for line in lines if line["cell"] != cell or line["epoch"] < epoch]
@@ -71,20 +90,29 @@ class Run:
 
     def metrics(self, cell: str) -> list[dict[str, float]]:
         """Returns the logged lines of a cell, in order of epochs."""
-        lines = map(json.loads, _whole_lines(self.folder / "metrics.jsonl"))
-        return [line for line in lines if line["cell"] == cell]
 
-    def write_result(self, rows: list[dict[str, Any]], **more: Any) -> None:
-        """Writes result.json."""
+        def read():
+            lines = map(json.loads, _whole_lines(self.folder / "metrics.jsonl"))
+            return [line for line in lines if line["cell"] == cell]
+
+        return parallel.on_main(read)
+
+    def write_result(self, rows: list[dict[str, Any]], table: str, **more: Any) -> None:
+        """Writes result.json, and table.md."""
         result = {"rows": rows, **more, "config": self.config, "environment": environment()}
-        write_json(self.folder / "result.json", result)
+
+        def write():
+            write_json(self.folder / "result.json", result)
+            _replace(self.folder / "table.md", table)
+
+        parallel.on_main(write)
 
 
 class Meter:
     """Progress over all epochs of a run: a bar on a terminal, a line per epoch elsewhere."""
 
     def __init__(self, total: int):
-        self.console = Console()
+        self.console = Console(quiet=not parallel.is_main())
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -107,7 +135,13 @@ class Meter:
         """Says what was just done and how much of the total is done."""
         self._bar.update(self._task, description=text, completed=completed)
         if not self.console.is_terminal:
-            print(text, flush=True)
+            say(text)
+
+
+def say(text: str) -> None:
+    """Prints a line, in the main process."""
+    if parallel.is_main():
+        print(text, flush=True)
 
 
 def environment() -> dict[str, Any]:
@@ -118,6 +152,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "processes": parallel.process_count(),
         "cpu_cores": os.cpu_count(),
         "commit": _commit(),
     }
@@ -126,6 +161,10 @@ def environment() -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON; the file appears whole or not at all."""
     _replace(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def _listing(config, names):
+    return ", ".join(f"{name}: {config.get(name)!r}" for name in names)
 
 
 def _replace(path, text):

@@ -6,6 +6,7 @@ trusted images alone. `cifar_hint.py` and `mnist_hint.py` give the settings.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -22,7 +23,7 @@ import tables
 import tyro
 
 from jaxpoison import attacks, data, defenses, models, parallel, training
-from jaxpoison.data import Dataset, Splits
+from jaxpoison.data import Dataset, Splits, to_float
 from jaxpoison.defenses import Defense, HintConfig
 from jaxpoison.training import Checkpoints, Recipe, TrainState
 
@@ -94,17 +95,32 @@ class Cell:
 
 
 def main(presets: dict[str, Config], description: str | None) -> None:
-    """Runs the command line: `--preset NAME`, then any setting of `Config` as a flag."""
-    preset_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    default = "quick" if jax.default_backend() == "cpu" else "paper"
-    preset_parser.add_argument("--preset", choices=list(presets), default=default)
-    chosen, rest = preset_parser.parse_known_args()
-    description = (
-        f"{description}\n--preset {{{','.join(presets)}}} sets all defaults (now: {chosen.preset})."
-    )
-    config = tyro.cli(Config, args=rest, default=presets[chosen.preset], description=description)
+    """Runs the command line: `--preset NAME`, then any setting of `Config` as a flag.
+
+    The flags of several processes are no part of `Config`: a run may go on with others.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(presets))
+    parser.add_argument("--distributed", action="store_true")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num-processes", type=int)
+    parser.add_argument("--process-id", type=int)
+    options, rest = parser.parse_known_args()
+    by_hand = options.coordinator, options.num_processes, options.process_id
+    joined = contextlib.nullcontext()
+    if options.distributed or by_hand != (None, None, None):
+        joined = parallel.processes(*by_hand)
     try:
-        study(config)
+        with joined:
+            # Only now may the devices be asked for.
+            preset = options.preset or ("quick" if jax.default_backend() == "cpu" else "paper")
+            description = (
+                f"{description}\n--preset {{{','.join(presets)}}} sets all defaults "
+                f"(now: {preset}).\n\nOn several hosts (docs/hosts.md): --distributed on SLURM, "
+                "Kubernetes and TPU pods; elsewhere --coordinator ADDRESS:PORT --num-processes N "
+                "--process-id I."
+            )
+            study(tyro.cli(Config, args=rest, default=presets[preset], description=description))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
@@ -129,13 +145,12 @@ def study(config: Config) -> None:
             rows.append(row)
     attack = f"{' + '.join(config.attacks).upper()} within ±{255 * config.epsilon:.3g}/255"
     text = tables.comparison(rows, config.dataset, config.data, attack, source)
-    print("\n" + text)
-    (output.folder / "table.md").write_text(text)
-    output.write_result(rows, source=source)
+    run.say("\n" + text)
+    output.write_result(rows, text, source=source)
     pictured = [cell for cell in cells if cell.defense == "hint" and cell.poison_ratio > 0]
     if pictured:
         path = draw(config, output, model, pictured[0])
-        print(f"picture: {path}")
+        run.say(f"picture: {path}")
 
 
 def cells_of(config: Config, seed: int) -> list[Cell]:
@@ -224,8 +239,7 @@ def defense_of(config: Config, model: models.Classifier, splits: Splits, cell: C
 def poisons(config, output, meter, done, model, splits, cell) -> attacks.PoisonedDataset:
     """Returns the poisoned set of a cell, crafted now unless its archive is there."""
     path = output.folder / "poisons" / f"seed{cell.seed}-p{cell.poison_ratio:g}.npz"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
+    if not parallel.on_main(path.exists):
         clean = Cell(cell.seed, 0.0, "none")
         state = fit(config, output, model, splits, clean, config.recipe, splits.train)
 
@@ -241,16 +255,21 @@ def poisons(config, output, meter, done, model, splits, cell) -> attacks.Poisone
             progress=progress,
         )
         more = {"dataset": config.dataset, "source": splits.source, "seed": cell.seed}
-        attacks.save(path, poisoned._replace(config=poisoned.config | more))
-    return attacks.load(path, num_classes=model.num_classes)
+        poisoned = poisoned._replace(config=poisoned.config | more)
+
+        def save():
+            path.parent.mkdir(exist_ok=True)
+            attacks.save(path, poisoned)
+
+        parallel.on_main(save)
+    return parallel.on_all(lambda: attacks.load(path, num_classes=model.num_classes))
 
 
 def draw(config: Config, output: run.Run, model: models.Classifier, cell: Cell) -> Path:
     """Draws examples that HINT changed, in the manner of the paper's Figure 1."""
     splits = load(config, cell.seed)
-    train = attacks.load(
-        output.folder / "poisons" / f"seed{cell.seed}-p{cell.poison_ratio:g}.npz"
-    ).dataset
+    path = output.folder / "poisons" / f"seed{cell.seed}-p{cell.poison_ratio:g}.npz"
+    train = parallel.on_all(lambda: attacks.load(path)).dataset
     defense = defense_of(config, model, splits, cell)
     state = fit(config, output, model, splits, cell, config.recipe, train)
     checkpoints = checkpoints_of(config, output, cell)
@@ -259,27 +278,38 @@ def draw(config: Config, output: run.Run, model: models.Classifier, cell: Cell) 
     checkpoints.close()
     strongest = jnp.argsort(-jnp.mean(jnp.abs(noise), axis=(1, 2, 3)))[:8]
     rows = np.asarray(chosen[strongest])
-    received = Dataset(train.images[rows], train.labels[rows])
+    received = Dataset(np.asarray(to_float(train.images[rows])), train.labels[rows])
+    added = np.asarray(noise[strongest])
+    perturbed = np.clip(received.images + added, 0, 1)
     predict = training.evaluator(model, mesh=parallel.data_mesh())
+    before, after = (
+        parallel.to_host(predict(state.variables, images))
+        for images in (received.images, perturbed)
+    )
     path = output.folder / "noise.png"
-    figures.healthy_noise(
-        path,
-        received,
-        np.asarray(noise[strongest]),
-        predict_from=lambda images: np.asarray(predict(state.variables, images)),
-        class_names=splits.class_names,
-        beta=config.hint.beta,
+    parallel.on_main(
+        lambda: figures.healthy_noise(
+            path,
+            received,
+            added,
+            perturbed,
+            seen=(before, after),
+            class_names=splits.class_names,
+            beta=config.hint.beta,
+        )
     )
     return path
 
 
 @functools.lru_cache(maxsize=1)  # the cells of a seed follow each other
 def load(config: Config, seed: int) -> Splits:
-    """Returns the data of one seed, read once for all its cells."""
+    """Returns the data of one seed, read once for all its cells, by each process from its disk."""
     if config.data == "embedded":
         splits = data.load_embedded(config.dataset, seed=seed)
     else:
-        splits = data.load(config.dataset, data_dir=config.data_dir, seed=seed)
+        splits = parallel.on_all(
+            lambda: data.load(config.dataset, data_dir=config.data_dir, seed=seed)
+        )
     if config.train_examples is not None:
         splits = splits._replace(
             train=Dataset(*(field[: config.train_examples] for field in splits.train))
@@ -298,10 +328,11 @@ def build_model(config: Config) -> models.Classifier:
 def trusted_recipe(config: Config, num_trusted: int) -> Recipe:
     """Returns the recipe for the trusted images alone: same schedule, stretched."""
     stretch = config.trusted_epochs / config.recipe.epochs
+    num_devices = parallel.data_mesh().size
     return dataclasses.replace(
         config.recipe,
         epochs=config.trusted_epochs,
-        batch_size=min(config.recipe.batch_size, num_trusted),
+        batch_size=min(config.recipe.batch_size, max(1, num_trusted // num_devices) * num_devices),
         milestones=tuple(round(stretch * epoch) for epoch in config.recipe.milestones),
     )
 
@@ -315,6 +346,7 @@ def check(config: Config, model: models.Classifier) -> None:
             raise ValueError(f"poison ratios p must be in [0, 1], not {ratio}")
     if not config.attacks and any(config.poison_ratios):
         raise ValueError("name at least one attack, or only the poison ratio 0")
+    parallel.check_divisible(config.recipe.batch_size, parallel.data_mesh())
     for name in config.attacks:
         ATTACKS[name](epsilon=config.epsilon)
     if "hint" in config.defenses and max(config.hint.schedule, default=0) >= config.recipe.epochs:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpoison import parallel
 from jaxpoison.attacks.untargeted import Attack, Victim
 from jaxpoison.data import Dataset, check, to_float
 
@@ -94,12 +95,14 @@ def mixture(
     for number, (attack, craft_key) in enumerate(zip(attacks, craft_keys, strict=True), start=1):
         rows = np.flatnonzero(attack_id == number)
         if len(rows):
-            images[rows] = attack.craft(
-                craft_key,
-                victim,
-                jnp.asarray(images[rows]),
-                jnp.asarray(clean.labels[rows]),
-                None if progress is None else _named(progress, attack.name),
+            images[rows] = parallel.to_host(
+                attack.craft(
+                    craft_key,
+                    victim,
+                    jnp.asarray(images[rows]),
+                    jnp.asarray(clean.labels[rows]),
+                    None if progress is None else _named(progress, attack.name),
+                )
             )
     config = {
         "poison_ratio": poison_ratio,

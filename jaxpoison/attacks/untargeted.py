@@ -153,9 +153,8 @@ def _signed_descent(start, objective, epsilon, step, num_steps, batch_size):
         for first in range(0, num_images, size):
             rows = jnp.minimum(jnp.arange(first, first + size), num_images - 1)
             begin = start(jax.random.fold_in(key, first), images[rows])
-            done, _ = descend(
-                (variables, images[rows], targets[rows]), begin, jnp.arange(num_steps)
-            )
+            batch, begin = parallel.shard_examples(((images[rows], targets[rows]), begin), mesh)
+            done, _ = descend((variables, *batch), begin, jnp.arange(num_steps))
             crafted.append(done[: num_images - first])
             if progress is not None:
                 jax.block_until_ready(done)

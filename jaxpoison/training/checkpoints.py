@@ -8,11 +8,14 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from jaxpoison import parallel
+
 
 class Checkpoints:
     """The newest state of one run, kept in `folder`.
 
-    A checkpoint appears whole or not at all, so a run may be killed at any moment.
+    A checkpoint appears whole or not at all, so a run may be killed at any moment. Of several
+    processes each writes what only its devices hold, so all must see the same folder.
 
     Args:
       folder: where checkpoints live; made if missing.
@@ -30,7 +33,7 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self.every = every
         self.identity = identity
-        check_writable(self.folder)
+        parallel.on_main(lambda: check_writable(self.folder))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.LatestN(1), enable_async_checkpointing=False
         )
@@ -55,7 +58,7 @@ class Checkpoints:
         Raises:
           ValueError: if the checkpoint is broken or belongs to another run.
         """
-        epoch = self._manager.latest_step()
+        epoch = parallel.on_main(self._manager.latest_step)
         if epoch is None:
             return 0, like
         # Each part by itself: the identity says why the state would not fit.

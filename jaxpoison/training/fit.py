@@ -86,7 +86,7 @@ def fit(
         chosen = info.pop("chosen", None)
         metrics: dict[str, Any] = {name: float(value) for name, value in info.items()}
         if chosen is not None:
-            metrics["chosen"] = np.asarray(chosen)
+            metrics["chosen"] = parallel.to_host(chosen)
         metrics["defense_seconds"] = time.perf_counter() - start
         recipes.steps_per_epoch(recipe, len(dataset.labels))  # the defence may have dropped some
         order = epoch_order(data_key, epoch, len(dataset.labels), recipe.batch_size)
