@@ -137,9 +137,13 @@ def processes(
         ) from error
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         # Handlers run last in, first out: after Python has printed the error, before JAX's own.
         atexit.register(_leave)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise RuntimeError(
+                f"{error}\nIf another process of the run has ended, its output says why."
+            ) from error
         raise
 
 
@@ -229,7 +233,9 @@ def _place(tree, sharding):
 
     def place(leaf):
         if _spans_processes(leaf):
-            return jax.device_put(leaf, sharding)
+            if leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+                return leaf
+            return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
         if not _is_key(leaf):
             leaf = np.asarray(leaf)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
@@ -250,7 +256,7 @@ def _check_equal(leaves):
     for leaf in leaves:
         array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
         digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(memoryview(np.ascontiguousarray(array).view(np.uint8)))
+        digest.update(array.tobytes())
     digests = _exchange(digest.digest())
     differing = [process for process, other in enumerate(digests) if other != digests[0]]
     if differing:

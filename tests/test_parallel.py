@@ -35,6 +35,29 @@ def test_replicated_and_sharded_values(num_devices):
     assert constrained["a"].addressable_shards[0].data.shape == (8 // num_devices, 2)
 
 
+def test_alone_nothing_is_waited_for(tmp_path):
+    assert parallel.is_main() and parallel.process_count() == 1
+    assert parallel.on_main(lambda: 3) == parallel.on_all(lambda: 3) == 3
+    parallel.check_shared(tmp_path / "nowhere")
+    mesh, rows = parallel.data_mesh(), np.arange(16)
+    joined, sharded = parallel.join_examples(rows, mesh), parallel.shard_examples(rows, mesh)
+    assert joined.sharding == sharded.sharding
+    for array in (joined, sharded, rows):
+        np.testing.assert_array_equal(parallel.to_host(array), rows)
+
+
+def test_who_the_others_are_must_be_known(monkeypatch):
+    def initialize(*arguments):
+        raise ValueError(f"no coordinator in {arguments}")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with (
+        pytest.raises(ValueError, match=r"cannot join .*no coordinator in .*None, 2, None"),
+        parallel.processes(num_processes=2),
+    ):
+        pass
+
+
 def test_what_does_not_divide_is_an_error():
     mesh = parallel.data_mesh(jax.devices()[:4])
     parallel.check_divisible(8, mesh)

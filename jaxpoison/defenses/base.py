@@ -25,6 +25,7 @@ class EpochFn(Protocol):
 
     Called before each epoch, outside `jit`. `dataset` is the set as collected, at every epoch: the
     returned one may have other images, labels or fewer examples, and is used for this epoch alone.
+    State and data set may be made anywhere: training places copies of them on all devices.
     `info` is empty where nothing changed; scalars in it are logged, `info["chosen"]`
     (bool [N], over the set as collected) says which examples were singled out.
     """

@@ -222,7 +222,7 @@ def hint(
             "chosen": jnp.zeros(len(dataset.labels), bool).at[state.chosen].set(True),
             **lap.seconds,
         }
-        return parallel.replicate(state._replace(noise=noise), mesh), info
+        return state._replace(noise=noise), info
 
     def on_epoch(state, epoch, train_state, dataset):
         info = {}

@@ -72,7 +72,7 @@ def fit(
 
     train = parallel.replicate(train, mesh)
     state = parallel.replicate(init_state(model, optimizer, init_key, train.images.shape[1:]), mesh)
-    defense_state = defense.init(defense_key, train)
+    defense_state = parallel.replicate(defense.init(defense_key, train), mesh)
     first_epoch = 0
     if checkpoints is not None:
         first_epoch, (state, defense_state) = checkpoints.restore((state, defense_state))
@@ -83,6 +83,8 @@ def fit(
     for epoch in range(first_epoch, recipe.epochs):
         start = time.perf_counter()
         defense_state, dataset, info = defense.on_epoch(defense_state, epoch, state, train)
+        # However the defence made them: as a resumed run has them, and on every process's devices.
+        defense_state, dataset = parallel.replicate((defense_state, dataset), mesh)
         chosen = info.pop("chosen", None)
         metrics: dict[str, Any] = {name: float(value) for name, value in info.items()}
         if chosen is not None:
