@@ -131,8 +131,8 @@ def processes(
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"cannot join the other processes ({error}): nothing in the environment says who they "
-            "are, so give the coordinator's address and port, the number of processes and the "
+            f"cannot join the other processes ({error}): where the environment does not say who "
+            "they are, give the coordinator's address and port, the number of processes and the "
             "number of this one"
         ) from error
     try:
