@@ -20,7 +20,7 @@ from jaxpoison import curvature, influence, parallel, solvers
 
 ROOT = Path(__file__).parents[1]
 SLURM_PORTS = 65535 - 2**12 + 1  # the first of them
-SECONDS = 180  # a hang fails after so long; on two quiet cores each test takes a tenth of it
+SECONDS = 300  # a hang fails after so long; on two quiet cores each test takes a tenth of it
 TINY = (
     *("--preset", "quick", "--train-examples", "64", "--recipe.batch-size", "32"),
     *("--recipe.epochs", "4", "--hint.schedule", "1", "--trusted-epochs", "1"),
