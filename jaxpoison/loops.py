@@ -59,6 +59,15 @@ def scan(step: Step) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     return run
 
 
+def inner_scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
+    """Returns `lax.scan(step, carry, xs)`, for a short loop inside a compiled step.
+
+    Unrolled wholly where convolutions inside loops are slow: its length there is that of the
+    program.
+    """
+    return jax.lax.scan(step, carry, xs, unroll=steps_from_host())
+
+
 def map_batches(
     fn: Callable[[Any, Any], Any], *, batch_size: int, mesh: jax.sharding.Mesh
 ) -> Callable[[Any, Any], Any]:
