@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import heapq
+import itertools
 
 import flax.linen as nn
 import jax
@@ -13,14 +15,17 @@ import pytest
 from jaxpoison import models, parallel, training
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import (
+    EpicConfig,
     FatConfig,
     FriendsConfig,
     adversarial_training,
     chain,
+    epic,
     fixed_noise,
     friends,
     random_noise,
 )
+from jaxpoison.defenses.epic import alone, facility_location, medoid_budgets, similarities
 
 RECIPE = training.Recipe(
     epochs=8, batch_size=16, learning_rate=0.2, milestones=(), max_shift=0.0, flip=False
@@ -234,3 +239,98 @@ def test_rivals_chain():
 def test_bad_settings_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def random_similarities(num_examples, num_filled=0, seed=0):
+    rng = np.random.default_rng(seed)
+    proxies = rng.dirichlet(np.full(5, 0.3), num_examples) - np.eye(5)[0]
+    valid = np.arange(num_examples) < num_examples - num_filled
+    similarity = similarities(jnp.asarray(proxies, jnp.float32), jnp.asarray(valid))
+    distances = np.linalg.norm(proxies[:, None] - proxies[None], axis=-1)
+    want = np.exp(-distances / 5) * valid[:, None] * valid[None]
+    np.testing.assert_allclose(similarity, want, atol=1e-6)
+    return similarity, jnp.asarray(valid), want
+
+
+def greedy(similarity, candidates, budget):
+    """The definition, in float64, with gains computed anew for every candidate."""
+    best, chosen = np.zeros(len(similarity)), []
+    for _ in range(budget):
+        gains = {j: np.maximum(similarity[:, j] - best, 0).sum() for j in candidates
+                 if j not in chosen}  # fmt: skip
+        chosen.append(max(gains, key=gains.get))
+        best = np.maximum(best, similarity[:, chosen[-1]])
+    return chosen
+
+
+@pytest.mark.parametrize(("num_examples", "num_filled", "budget"), [(12, 0, 3), (40, 7, 6),
+                                                                   (200, 20, 18)])  # fmt: skip
+def test_facility_location_is_the_greedy_choice(num_examples, num_filled, budget):
+    similarity, valid, want = random_similarities(num_examples, num_filled)
+    chosen = jax.jit(facility_location)(similarity, valid, budget)
+    expected = greedy(want, range(num_examples - num_filled), budget)
+    assert set(np.flatnonzero(chosen)) == set(expected)
+    value = want[:, np.flatnonzero(chosen)].max(1).sum()
+    if num_examples == 12:  # within 1 - 1/e of the best of all subsets, and here equal to it
+        best = max(want[:, list(s)].max(1).sum() for s in itertools.combinations(range(12), 3))
+        assert value > 0.99 * best
+
+
+def lazy_greedy(similarity, budget):
+    """Minoux's accelerated greedy algorithm, with a heap."""
+    heap = [(-column.sum(), j) for j, column in enumerate(similarity.T)]
+    heapq.heapify(heap)
+    best, chosen = np.zeros(len(similarity)), []
+    while len(chosen) < budget:
+        _, j = heapq.heappop(heap)
+        gain = np.maximum(similarity[:, j] - best, 0).sum()
+        if not heap or gain >= -heap[0][0]:
+            chosen.append(j)
+            best = np.maximum(best, similarity[:, j])
+        else:
+            heapq.heappush(heap, (-gain, j))
+    return chosen
+
+
+def test_facility_location_on_1000_points_equals_lazy_greedy():
+    similarity, valid, want = random_similarities(1000, seed=1)
+    chosen = np.flatnonzero(jax.jit(facility_location)(similarity, valid, 100))
+    expected = lazy_greedy(want, 100)
+    assert len(set(chosen) & set(expected)) >= 98  # rounding settles what are nearly ties
+    np.testing.assert_allclose(
+        want[:, chosen].max(1).sum(), want[:, expected].max(1).sum(), rtol=1e-5
+    )
+
+
+def test_medoids_without_followers_are_alone():
+    similarity, valid, want = random_similarities(40, 7)
+    medoids = facility_location(similarity, valid, 10)
+    nearest = [max(np.flatnonzero(medoids), key=lambda j, i=i: want[i, j]) for i in range(33)]
+    expected = [nearest.count(i) == 1 and i in nearest for i in range(33)]
+    got = np.asarray(alone(similarity, medoids) & valid)
+    np.testing.assert_array_equal(got[:33], expected)
+    assert any(expected) and not got[33:].any()
+
+
+def test_medoid_budgets_add_up():
+    sizes = np.array([33, 21, 46, 0, 7])
+    for seed in range(5):
+        budgets = np.asarray(medoid_budgets(jax.random.key(seed), sizes, 0.1))
+        assert budgets.sum() == 10 and (budgets <= np.ceil(0.1 * sizes)).all()
+        assert (budgets[sizes > 0] >= 1).all() and budgets[3] == 0
+
+
+def test_epic_drops_for_good_and_training_goes_on_with_the_rest():
+    config = EpicConfig(fraction=0.3, start=2, every=2, last=4)
+    logged = []
+    state = fit(
+        epic(MODEL, config, mesh=one_device(), batch_size=40),
+        report=lambda epoch, metrics: logged.append(metrics),
+    )
+    dropped = [m.get("dropped") for m in logged]
+    assert [d is not None for d in dropped] == [False, False, True, False, True] + [False] * 3
+    assert 0 < dropped[2] <= dropped[4] < 48
+    first, second = (logged[epoch]["chosen"] for epoch in (2, 4))
+    assert first.sum() == dropped[2] and (second >= first).all()
+    steps = [96 // 16] * 2 + [(96 - int(dropped[2])) // 16] * 2 + [(96 - int(dropped[4])) // 16] * 4
+    assert int(state.step) == sum(steps[:7]) + steps[7]

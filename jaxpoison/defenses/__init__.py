@@ -5,6 +5,8 @@ from jaxpoison.defenses.adversarial import adversarial_training as adversarial_t
 from jaxpoison.defenses.base import Defense as Defense
 from jaxpoison.defenses.base import chain as chain
 from jaxpoison.defenses.base import none as none
+from jaxpoison.defenses.epic import EpicConfig as EpicConfig
+from jaxpoison.defenses.epic import epic as epic
 from jaxpoison.defenses.friends import FriendsConfig as FriendsConfig
 from jaxpoison.defenses.friends import friends as friends
 from jaxpoison.defenses.hint import PAPER as PAPER
