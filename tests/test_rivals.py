@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpoison import models, parallel, training
+from jaxpoison import loops, models, parallel, training
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import (
     EpicConfig,
@@ -25,6 +25,7 @@ from jaxpoison.defenses import (
     friends,
     random_noise,
 )
+from jaxpoison.defenses.base import Defense, keep_batch
 from jaxpoison.defenses.epic import alone, facility_location, medoid_budgets, similarities
 
 RECIPE = training.Recipe(
@@ -332,5 +333,44 @@ def test_epic_drops_for_good_and_training_goes_on_with_the_rest():
     assert 0 < dropped[2] <= dropped[4] < 48
     first, second = (logged[epoch]["chosen"] for epoch in (2, 4))
     assert first.sum() == dropped[2] and (second >= first).all()
-    steps = [96 // 16] * 2 + [(96 - int(dropped[2])) // 16] * 2 + [(96 - int(dropped[4])) // 16] * 4
-    assert int(state.step) == sum(steps[:7]) + steps[7]
+    assert int(state.step) == 7 * 6 + (96 - int(dropped[4])) // 16
+
+
+def test_learning_rate_falls_at_its_epochs_though_epochs_have_become_shorter():
+    """Half the examples dropped: without care the milestone would come twice as late."""
+    recipe = dataclasses.replace(RECIPE, milestones=(4,), learning_rate=0.0)
+    rates, schedule = [], optax.piecewise_constant_schedule(1.0, {4 * 6: 0.1})
+
+    def halve(state, epoch, train_state, dataset):
+        counts = optax.tree.get_all_with_path(train_state.opt_state, "count")
+        rates.append(float(schedule(counts[0][1])))
+        return state, Dataset(*(x[:48] for x in dataset)), {}
+
+    training.fit(
+        MODEL, recipe, random_set(), key=jax.random.key(0), mesh=one_device(),
+        defense=Defense(lambda key, dataset: (), halve, keep_batch),
+    )  # fmt: skip
+    # Seen before the place in the schedule is set: at the end of the epoch before.
+    np.testing.assert_allclose(rates, [1.0] * 4 + [1.0] + [0.1] * 3)
+
+
+@pytest.mark.parametrize("from_host", [True, False])
+def test_shorter_epochs_do_not_compile_anew(monkeypatch, from_host):
+    monkeypatch.setattr(loops, "steps_from_host", lambda: from_host)
+    traces = []
+
+    def shrink(state, epoch, train_state, dataset):
+        return state, Dataset(*(x[: 96 - 16 * epoch] for x in dataset)), {}
+
+    def count(state, key, train_state, batch):
+        traces.append(1)
+        return batch
+
+    recipe = dataclasses.replace(RECIPE, epochs=5)
+    state = training.fit(
+        MODEL, recipe, random_set(), key=jax.random.key(0), mesh=one_device(),
+        defense=Defense(lambda key, dataset: (), shrink, count),
+    )  # fmt: skip
+    assert int(state.step) == 4 * 6 + 2
+    # Whole epochs, and then all four shorter ones; a scan traces the step for shapes as well.
+    assert len(traces) <= (2 if from_host else 4)
