@@ -24,8 +24,8 @@ def steps_from_host() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def scan(step: Step) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """Returns `run(constants, carry, xs) -> (carry, ys)`, the fold of `step` over `xs`.
+def scan(step: Step) -> Callable[..., tuple[Any, Any]]:
+    """Returns `run(constants, carry, xs, length=None) -> (carry, ys)`: folds `step` over `xs`.
 
     Args:
       step: `step(constants, carry, x) -> (carry, y)`; pure; `y` a pytree of arrays.
@@ -33,7 +33,8 @@ def scan(step: Step) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     Returns:
       A compiled function of `constants` (any pytree, the same at every step), `carry` (donated:
       its buffers are gone after the call) and `xs` (leading axis: steps). `ys` are stacked along
-      a new leading axis. `steps_from_host()` is asked at each call.
+      a new leading axis. With `length`, only so many steps are taken; another length does not
+      compile anew, as shorter `xs` would. `steps_from_host()` is asked at each call.
     """
 
     @functools.partial(jax.jit, donate_argnums=1)
@@ -41,15 +42,36 @@ def scan(step: Step) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
         return jax.lax.scan(functools.partial(step, constants), carry, xs)
 
     @functools.partial(jax.jit, donate_argnums=1)
+    def beginning(constants, carry, xs, length):
+        shapes = jax.eval_shape(functools.partial(step, constants), carry, at(xs, 0))[1]
+
+        def step_or_not(carry, index):
+            def stay(carry):
+                return carry, jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
+
+            def go(carry):
+                return step(constants, carry, at(xs, index))
+
+            return jax.lax.cond(index < length, go, stay, carry)
+
+        return jax.lax.scan(step_or_not, carry, jnp.arange(jax.tree.leaves(xs)[0].shape[0]))
+
+    @functools.partial(jax.jit, donate_argnums=1)
     def single(constants, carry, xs, index):
-        return step(constants, carry, jax.tree.map(lambda x: x[index], xs))
+        return step(constants, carry, at(xs, index))
+
+    def at(xs, index):
+        return jax.tree.map(lambda x: x[index], xs)
 
     stack = jax.jit(lambda ys: jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys))
 
-    def run(constants, carry, xs):
-        num_steps = jax.tree.leaves(xs)[0].shape[0]
+    def run(constants, carry, xs, length=None):
+        num_steps = jax.tree.leaves(xs)[0].shape[0] if length is None else length
         if num_steps == 0 or not steps_from_host():
-            return whole(constants, carry, xs)
+            if length is None:
+                return whole(constants, carry, xs)
+            carry, ys = beginning(constants, carry, xs, length)
+            return carry, jax.tree.map(lambda y: y[:length], ys)
         ys = []
         for index in range(num_steps):
             carry, y = single(constants, carry, xs, index)
@@ -57,6 +79,15 @@ def scan(step: Step) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
         return carry, stack(ys) if jax.tree.leaves(ys) else ys[0]
 
     return run
+
+
+def inner_scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
+    """Returns `lax.scan(step, carry, xs)`, for a short loop inside a compiled step.
+
+    Unrolled wholly where convolutions inside loops are slow: its length there is that of the
+    program.
+    """
+    return jax.lax.scan(step, carry, xs, unroll=steps_from_host())
 
 
 def map_batches(

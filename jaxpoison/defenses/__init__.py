@@ -1,10 +1,18 @@
 """Defences against poisoned training sets, as pure functions that `training.fit` calls."""
 
+from jaxpoison.defenses.adversarial import FatConfig as FatConfig
+from jaxpoison.defenses.adversarial import adversarial_training as adversarial_training
 from jaxpoison.defenses.base import Defense as Defense
 from jaxpoison.defenses.base import chain as chain
 from jaxpoison.defenses.base import none as none
+from jaxpoison.defenses.epic import EpicConfig as EpicConfig
+from jaxpoison.defenses.epic import epic as epic
+from jaxpoison.defenses.friends import FriendsConfig as FriendsConfig
+from jaxpoison.defenses.friends import friends as friends
 from jaxpoison.defenses.hint import PAPER as PAPER
 from jaxpoison.defenses.hint import RELEASED_CODE as RELEASED_CODE
 from jaxpoison.defenses.hint import HintConfig as HintConfig
 from jaxpoison.defenses.hint import HintState as HintState
 from jaxpoison.defenses.hint import hint as hint
+from jaxpoison.defenses.noise import fixed_noise as fixed_noise
+from jaxpoison.defenses.noise import random_noise as random_noise

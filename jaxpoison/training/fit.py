@@ -23,7 +23,7 @@ from jaxpoison.training import recipe as recipes
 from jaxpoison.training.checkpoints import Checkpoints
 from jaxpoison.training.evaluation import accuracy, evaluator
 from jaxpoison.training.recipe import Recipe
-from jaxpoison.training.state import TrainState, init_state
+from jaxpoison.training.state import TrainState, at_step, init_state
 
 Report = Callable[[int, dict[str, Any]], None]
 
@@ -90,9 +90,15 @@ def fit(
         if chosen is not None:
             metrics["chosen"] = parallel.to_host(chosen)
         metrics["defense_seconds"] = time.perf_counter() - start
-        recipes.steps_per_epoch(recipe, len(dataset.labels))  # the defence may have dropped some
         order = epoch_order(data_key, epoch, len(dataset.labels), recipe.batch_size)
-        state, steps = run_epoch((dataset, defense_state, data_key), state, order)
+        length = None
+        if len(dataset.labels) < len(train.labels):  # the defence has dropped some
+            length = recipes.steps_per_epoch(recipe, len(dataset.labels))
+            filled = _fill_up((dataset, order), (len(train.labels), steps_per_epoch))
+            (dataset, order), state = parallel.replicate(
+                (filled, at_step(state, epoch * steps_per_epoch)), mesh
+            )
+        state, steps = run_epoch((dataset, defense_state, data_key), state, order, length)
         means = jax.tree.map(lambda values: float(jnp.mean(values)), steps)
         metrics |= means | {"seconds": time.perf_counter() - start}
         if not np.isfinite(means["loss"]):
@@ -110,6 +116,16 @@ def fit(
         ):
             checkpoints.save(finished, (state, defense_state))
     return state
+
+
+def _fill_up(trees, lengths):
+    """Repeats the first entry along the leading axes: shapes stay, so nothing is compiled anew."""
+
+    def fill_up(tree, length):
+        rows = np.arange(length)
+        return jax.tree.map(lambda x: x[np.where(rows < len(x), rows, 0)], tree)
+
+    return tuple(map(fill_up, trees, lengths))
 
 
 def train_step(

@@ -13,7 +13,7 @@ class TrainState(NamedTuple):
     """Weights and optimiser.
 
     Attributes:
-      step: finished steps, int32, shape ().
+      step: finished steps, int32, shape (); epochs on fewer examples count as whole ones.
       params: `{"body": ..., "head": {"kernel": [d,K], "bias": [K]}}`.
       batch_stats: running means and variances of the BatchNorm layers.
       opt_state: state of the optax optimiser.
@@ -50,3 +50,9 @@ def init_state(
         )
 
     return init(key)
+
+
+def at_step(state: TrainState, step: int) -> TrainState:
+    """Returns `state` at another place of the learning rate's schedule."""
+    place, count = (jnp.full_like(state.step, step) for _ in range(2))  # each is donated
+    return state._replace(step=place, opt_state=optax.tree.set(state.opt_state, count=count))
