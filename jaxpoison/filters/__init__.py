@@ -25,3 +25,9 @@ from jaxpoison.filters.limits import p_max as p_max
 from jaxpoison.filters.nearest import nearest_centroid_filter as nearest_centroid_filter
 from jaxpoison.filters.result import ContaminationWarning as ContaminationWarning
 from jaxpoison.filters.result import FilterResult as FilterResult
+from jaxpoison.filters.rivals import activation_clustering as activation_clustering
+from jaxpoison.filters.rivals import confident_learning as confident_learning
+from jaxpoison.filters.rivals import deep_knn as deep_knn
+from jaxpoison.filters.rivals import feature_centroid as feature_centroid
+from jaxpoison.filters.rivals import l2_centroid as l2_centroid
+from jaxpoison.filters.rivals import spectral_signatures as spectral_signatures

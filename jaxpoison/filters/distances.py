@@ -235,13 +235,15 @@ def _cosine(x, c, scale):
 
 
 def _unit(x):
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=1, keepdims=True), _TINY))
+    square = jnp.sum(jnp.square(x), axis=1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.where(square < _TINY, 1, square))
 
 
 def _l2(x, c, scale):
     # Differences first: |x|^2 - 2 x.c + |c|^2 would cancel to nothing for near neighbours.
     square = jnp.mean(jnp.square(x[:, None] - c), axis=-1)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)  # gradient 0 at 0
+    equal = square == 0  # where the root has no gradient
+    return jnp.where(equal, 0, jnp.sqrt(jnp.where(equal, 1, square)))
 
 
 def _z(x, c, scale):
