@@ -104,17 +104,40 @@ def map_batches(
       batch_size: most examples in a call of `fn`, see `even_batches`.
       mesh: devices over which each batch is spread.
     """
+    fold = fold_batches(
+        lambda constants, carry, batch, present: (carry, fn(constants, batch)),
+        batch_size=batch_size,
+        mesh=mesh,
+    )
+    return lambda constants, xs: fold(constants, (), xs)[1]
+
+
+def fold_batches(
+    fn: Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]],
+    *,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """Returns `run(constants, carry, xs) -> (carry, ys)`: as `map_batches`, with sums on the way.
+
+    Args:
+      fn: `fn(constants, carry, batch, present) -> (carry, outputs)`; `present`, bool [B], is False
+        for the repeated examples that fill up the last batch: leave them out of what is carried.
+      batch_size: most examples in a call of `fn`, see `even_batches`.
+      mesh: devices over which each batch is spread.
+    """
 
     def step(constants, carry, batch):
-        return carry, fn(constants, parallel.constrain_examples(batch, mesh))
+        return fn(constants, carry, *parallel.constrain_examples(batch, mesh))
 
     apply = scan(step)
 
-    def run(constants, xs):
+    def run(constants, carry, xs):
         num_examples = jax.tree.leaves(xs)[0].shape[0]
         size, num_batches = even_batches(num_examples, batch_size, mesh)
-        _, ys = apply(constants, (), _fold(xs, size, num_batches))
-        return _unfold(ys, num_examples)
+        present = jnp.arange(size * num_batches).reshape(num_batches, size) < num_examples
+        carry, ys = apply(constants, carry, (_fold(xs, size, num_batches), present))
+        return carry, _unfold(ys, num_examples)
 
     return run
 

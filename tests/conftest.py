@@ -13,7 +13,16 @@ jax.config.update("jax_enable_x64", False)
 
 # Modules that compile many tiny functions and run each once. Elsewhere, in training above all,
 # slower code would cost more than its quicker compilation saves.
-COMPILE_BOUND = {"test_hosts", "test_influence", "test_curvature", "test_solvers"}
+COMPILE_BOUND = {
+    "test_hosts",
+    "test_influence",
+    "test_curvature",
+    "test_solvers",
+    "test_charvec_extraction",
+    "test_charvec_centroids",
+    "test_filters",
+    "test_filters_rivals",
+}
 
 
 @pytest.fixture(autouse=True, scope="module")

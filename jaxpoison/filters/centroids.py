@@ -1,0 +1,277 @@
+"""Class centroids of characteristic vectors: one pass of sums, or robust locations.
+
+For one block of one layer, with weights w_n and labels y_n (eq. 4 of arXiv 2403.13523):
+
+    n_y = sum w,   m_y = sum w mu_n / n_y,   V_y = sum w var_n / n_y + sum w (mu_n - m_y)^2 / n_y
+
+The sums run over the examples labelled y. V_y, within plus between examples, is what a BatchNorm
+layer would measure on the class as one batch; `variance="mean"` leaves the second term out.
+"""
+
+import dataclasses
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxpoison.filters.extraction import Block, CharVec
+
+Estimator = Literal["mean", "median", "trimmed", "geometric_median"]
+Variance = Literal["pooled", "mean"]
+_TRIMMED_SHARE = 0.25  # at each end
+_MAD_TO_SD = 1.4826  # of a normal distribution
+_TINY = jnp.finfo(jnp.float32).tiny
+_EXACT = jax.lax.Precision.HIGHEST  # accelerators' default products keep three digits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Centroids:
+    """Centroids of K classes; a pytree whose arrays all start with the axis of classes.
+
+    Attributes:
+      count: float32 [K], sum of the weights of each class; 0 for a class without examples.
+      center: for each layer, location of the examples' means and of their variances, [K, C_i].
+      spread: for each layer, variance within the class of the same two, [K, C_i].
+      paths: names of the layers, as in `CharVec`.
+      sizes: positions of the layers, as in `CharVec`.
+      estimator: how `center` was computed.
+      variance: whether `blocks` pools variance within and between examples.
+    """
+
+    count: jax.Array
+    center: tuple[Block, ...]
+    spread: tuple[Block, ...]
+    paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    estimator: Estimator = dataclasses.field(metadata={"static": True})
+    variance: Variance = dataclasses.field(metadata={"static": True})
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """(m_y, V_y) of each layer, [K, C_i]: what examples are compared with."""
+        return tuple(
+            Block(center.mean, center.var + (spread.mean if self.variance == "pooled" else 0))
+            for center, spread in zip(self.center, self.spread, strict=True)
+        )
+
+    def __add__(self, other: "Centroids") -> "Centroids":
+        """Returns the centroids of both sets of examples together (for estimator "mean").
+
+        Raises:
+          ValueError: if the two were computed in different ways or are not sums.
+        """
+        mine, theirs = (
+            (c.estimator, c.variance, c.paths, c.sizes, c.count.shape) for c in (self, other)
+        )
+        if mine != theirs or self.estimator != "mean":
+            raise ValueError(
+                'only centroids with estimator "mean", and of the same layers, classes and '
+                f"variance, can be added; these are {mine} and {theirs}"
+            )
+        count = self.count + other.count
+        share = (other.count / jnp.maximum(count, _TINY))[:, None]
+
+        def merged_center(a, b):
+            return a + (b - a) * share
+
+        def merged_spread(a, b, center_a, center_b):
+            return a + (b - a) * share + jnp.square(center_b - center_a) * share * (1 - share)
+
+        return dataclasses.replace(
+            self,
+            count=count,
+            center=jax.tree.map(merged_center, self.center, other.center),
+            spread=jax.tree.map(
+                merged_spread, self.spread, other.spread, self.center, other.center
+            ),
+        )
+
+    def take(self, positions: ArrayLike) -> "Centroids":
+        """Returns the centroids of the classes at `positions`, int [K']; -1 is an empty class."""
+
+        positions = jnp.asarray(positions)
+
+        def rows(a):
+            present = (positions >= 0).reshape(-1, *[1] * (a.ndim - 1))
+            return jnp.where(present, a[positions], 0)
+
+        return jax.tree.map(rows, self)
+
+    def without(self, charvec: CharVec, labels: jax.Array) -> "Centroids":
+        """Returns each example's own class without that example, arrays [N, ...] instead of [K].
+
+        Exact, for examples that are part of the centroids with weight 1:
+        m' = m - (mu - m) / (n - 1), and n' S' = n S - (mu - m)(mu - m') for the spread S.
+
+        Args:
+          charvec: N examples.
+          labels: int32 [N], their classes.
+
+        Raises:
+          ValueError: if the centroids are not sums.
+        """
+        if self.estimator != "mean":
+            raise ValueError('leaving an example out of its centroid needs estimator "mean"')
+        own = jax.tree.map(lambda a: a[labels], self)
+        count = own.count - 1
+        share = (1 / jnp.maximum(count, 1))[:, None]
+
+        def center(x, m):
+            return m - (x - m) * share
+
+        def spread(s, x, m):
+            return jnp.maximum(s + (s - (x - m) * (x - center(x, m))) * share, 0)
+
+        return dataclasses.replace(
+            own,
+            count=count,
+            center=jax.tree.map(center, charvec.blocks, own.center),
+            spread=jax.tree.map(spread, own.spread, charvec.blocks, own.center),
+        )
+
+    def scale(self) -> tuple[Block, ...]:
+        """Returns standard deviations within classes, pooled over classes, [C_i] for each layer.
+
+        At least 1e-3 of a block's median; 1 where even that is 0.
+        """
+        weights = (self.count / jnp.sum(self.count))[:, None]
+
+        def pooled(spread):
+            sd = jnp.sqrt(jnp.sum(weights * spread, axis=0))
+            sd = jnp.maximum(sd, 1e-3 * jnp.median(sd))
+            return jnp.where(sd > 0, sd, 1)
+
+        return jax.tree.map(pooled, self.spread)
+
+
+def fit_centroids(
+    charvec: CharVec,
+    labels: jax.Array,
+    num_classes: int,
+    *,
+    weights: jax.Array | None = None,
+    estimator: Estimator = "mean",
+    variance: Variance = "pooled",
+) -> Centroids:
+    """Returns the centroids of all classes. Under `jit` with `num_classes` static.
+
+    Args:
+      charvec: N examples.
+      labels: int32 [N], in [0, num_classes).
+      num_classes: K.
+      weights: float32 [N] or bool, 0 leaves an example out; default 1. All but "mean" take them
+        as in or out.
+      estimator: "mean" (the paper); or, channel by channel, "median" and "trimmed" (mean of the
+        middle half); or "geometric_median" of each block. None of the robust ones helps once
+        poisons are the majority of a class. Their spread is (1.4826 MAD)^2.
+      variance: "pooled" or "mean", see above.
+
+    Raises:
+      ValueError: for unknown settings or a wrong number of labels.
+    """
+    for name, value, allowed in (
+        ("estimator", estimator, get_args(Estimator)),
+        ("variance", variance, get_args(Variance)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+    num_examples = charvec.blocks[0].mean.shape[0]
+    if labels.shape != (num_examples,):
+        raise ValueError(
+            f"labels have shape {labels.shape}; expected one for each of {num_examples}"
+        )
+    weights = jnp.ones(num_examples) if weights is None else weights.astype(jnp.float32)
+    members = weights * jax.nn.one_hot(labels, num_classes, axis=0)  # [K, N]
+    if estimator == "mean":
+        locate = functools.partial(_means, members, labels)
+    else:
+        locate = functools.partial(_robust, _LOCATIONS[estimator], members > 0)
+    located = [(locate(block.mean), locate(block.var)) for block in charvec.blocks]
+    return Centroids(
+        count=jnp.sum(members, axis=1),
+        center=tuple(Block(mean[0], var[0]) for mean, var in located),
+        spread=tuple(Block(mean[1], var[1]) for mean, var in located),
+        paths=charvec.paths,
+        sizes=charvec.sizes,
+        estimator=estimator,
+        variance=variance,
+    )
+
+
+def shrink(trusted: Centroids, dataset: Centroids, tau: float) -> Centroids:
+    """Returns (n_t trusted + tau dataset) / (n_t + tau), n_t a class's trusted examples; tau > 0.
+
+    Poisons of the data set can then move the centroids again, the more the larger tau. The spread,
+    and so the scale of standardised distances, stays that of the trusted examples.
+    """
+    share = jnp.where(dataset.count > 0, tau / (trusted.count + tau), 0)[:, None]
+
+    def mixed(mine, theirs, pooled, center):
+        mean, var = jax.tree.map(lambda a, b: a + (b - a) * share, mine, theirs)
+        return Block(mean, var - (pooled.var - center.var))  # `blocks` adds the last term again
+
+    center = map(mixed, trusted.blocks, dataset.blocks, trusted.blocks, trusted.center)
+    count = jnp.where(trusted.count + dataset.count > 0, trusted.count + tau, 0)
+    return dataclasses.replace(trusted, count=count, center=tuple(center))
+
+
+def _means(members, labels, array):
+    """Returns class means and variances around them, [K, C]; 0 for classes without members."""
+    weights = members / jnp.maximum(jnp.sum(members, axis=1, keepdims=True), _TINY)
+    mean = jnp.matmul(weights, array, precision=_EXACT)
+    return mean, jnp.matmul(weights, jnp.square(array - mean[labels]), precision=_EXACT)
+
+
+def _robust(location, members, array):
+    """Returns class locations and (1.4826 MAD)^2 around them, [K, C]."""
+
+    def one_class(mask):
+        center = location(mask, array)
+        return center, jnp.square(_MAD_TO_SD * _median(mask, jnp.abs(array - center)))
+
+    return jax.lax.map(one_class, members)
+
+
+def _sorted(mask, array):
+    return jnp.sort(jnp.where(mask[:, None], array, jnp.inf), axis=0), jnp.sum(mask)
+
+
+def _median(mask, array):
+    ordered, count = _sorted(mask, array)
+    middle = (ordered[jnp.maximum(count - 1, 0) // 2] + ordered[count // 2]) / 2
+    return jnp.where(count > 0, middle, 0)
+
+
+def _trimmed(mask, array):
+    ordered, count = _sorted(mask, array)
+    cut = (count * _TRIMMED_SHARE).astype(jnp.int32)
+    rank = jnp.arange(len(array))[:, None]
+    inside = (rank >= cut) & (rank < count - cut)
+    return jnp.sum(jnp.where(inside, ordered, 0), axis=0) / jnp.maximum(count - 2 * cut, 1)
+
+
+def _geometric_median(mask, array):
+    """Weiszfeld's iteration, at most 50 steps, until a step is below 1e-6 of the value."""
+
+    def weighted_mean(weights):
+        weights = weights / jnp.maximum(jnp.sum(weights), _TINY)
+        return jnp.matmul(weights, array, precision=_EXACT)
+
+    def step(state):
+        index, _, center = state
+        distance = jnp.linalg.norm(array - center, axis=1)
+        return index + 1, center, weighted_mean(mask / jnp.maximum(distance, 1e-8))
+
+    def moving(state):
+        index, last, center = state
+        change = jnp.linalg.norm(center - last)
+        return (index < 50) & ((index == 0) | (change > 1e-6 * jnp.linalg.norm(center)))
+
+    start = weighted_mean(mask.astype(array.dtype))
+    return jax.lax.while_loop(moving, step, (0, start, start))[2]
+
+
+_LOCATIONS = {"median": _median, "trimmed": _trimmed, "geometric_median": _geometric_median}
