@@ -8,6 +8,8 @@ An archive is one `.npz` without pickled objects:
 | `labels` | int32 [N] | the labels as published with the images |
 | `attack_id` | int8 [N] | 0 = clean, k = the k-th of the attack names |
 | `config` | text, JSON | `{"attacks": [{"name", "epsilon", ...}], ...}` and what the caller added |
+| `target_images` | as `images` [V,H,W,C] | of a targeted attack only: views of the target |
+| `target` | int32 [3] | of a targeted attack only: label, base label and id of the target |
 """
 
 import json
@@ -28,6 +30,22 @@ from jaxpoison.data import Dataset, check, to_float
 Progress = Callable[[str, int, int], None]
 
 
+class Target(NamedTuple):
+    """What a targeted attack is aimed at.
+
+    Attributes:
+      images: uint8 or float32 [V, H, W, C], views of the target.
+      label: its true class.
+      base_label: the class it is to be taken for, and the label of the poisons.
+      target_id: where it stands in the set it was drawn from.
+    """
+
+    images: np.ndarray
+    label: int
+    base_label: int
+    target_id: int
+
+
 class PoisonedDataset(NamedTuple):
     """A training set as an attacker hands it out, with the truth about it.
 
@@ -36,12 +54,14 @@ class PoisonedDataset(NamedTuple):
       labels: int32 [N].
       attack_id: int8 [N]; 0 where clean, k where poisoned by `attack_names[k - 1]`.
       config: JSON-able settings that made it; `config["attacks"]` lists the attacks.
+      target: what a targeted attack is aimed at; None for an untargeted one.
     """
 
     images: np.ndarray
     labels: np.ndarray
     attack_id: np.ndarray
     config: dict[str, Any]
+    target: Target | None = None
 
     @property
     def attack_names(self) -> tuple[str, ...]:
@@ -122,9 +142,12 @@ def save(path: str | os.PathLike, poisoned: PoisonedDataset, *, as_uint8: bool =
       poisoned: the set.
       as_uint8: round pixels to whole numbers of 255, as an image file would.
     """
-    images = np.asarray(poisoned.images)
-    if as_uint8 and images.dtype != np.uint8:
-        images = np.round(images * 255).astype(np.uint8)
+    images = to_uint8(poisoned.images) if as_uint8 else np.asarray(poisoned.images)
+    target = {}
+    if poisoned.target is not None:
+        views, *numbers = poisoned.target
+        target["target_images"] = to_uint8(views) if as_uint8 else np.asarray(views)
+        target["target"] = np.array(numbers, np.int32)
     path = Path(path)
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as file:
@@ -134,6 +157,7 @@ def save(path: str | os.PathLike, poisoned: PoisonedDataset, *, as_uint8: bool =
             labels=np.asarray(poisoned.labels, np.int32),
             attack_id=np.asarray(poisoned.attack_id, np.int8),
             config=np.array(json.dumps(poisoned.config)),
+            **target,
         )
     unfinished.replace(path)
 
@@ -171,7 +195,36 @@ def load(path: str | os.PathLike, *, num_classes: int | None = None) -> Poisoned
         )
     if attack_id.min() < 0 or attack_id.max() > num_attacks:
         raise ValueError(f"{path}: attack_id must be in 0..{num_attacks}")
-    return PoisonedDataset(*dataset, attack_id, config)
+    return PoisonedDataset(*dataset, attack_id, config, _target(entries, num_classes, str(path)))
+
+
+def _target(entries, num_classes, path):
+    """Returns the target in an archive's entries, None if it has none."""
+    if "target" not in entries and "target_images" not in entries:
+        return None
+    if "target" not in entries or "target_images" not in entries:
+        raise ValueError(f"{path} holds only one of target and target_images: both are needed")
+    views, numbers = entries["target_images"], entries["target"]
+    if numbers.shape != (3,) or not np.issubdtype(numbers.dtype, np.integer):
+        raise ValueError(
+            f"{path}: target is {numbers.dtype} {numbers.shape}, expected the three integers "
+            "label, base label and id"
+        )
+    for label in numbers[:2]:
+        labels = np.full(len(views), label, np.int32)
+        check(Dataset(views, labels), num_classes, f"{path}: target")
+    if views.shape[1:] != entries["images"].shape[1:]:
+        raise ValueError(
+            f"{path}: the target's images are {views.shape[1:]}, the set's are "
+            f"{entries['images'].shape[1:]}"
+        )
+    return Target(views, *numbers.tolist())
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Returns images in 0..255: float ones times 255 and rounded, uint8 ones as they are."""
+    images = np.asarray(images)
+    return images if images.dtype == np.uint8 else np.round(images * 255).astype(np.uint8)
 
 
 def _assign(key, labels, poison_ratio, num_attacks):

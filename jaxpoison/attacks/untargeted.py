@@ -75,7 +75,7 @@ def pgd(
       num_steps: gradient steps.
       batch_size: most images crafted at once.
     """
-    _check_epsilon(epsilon)
+    check_epsilon(epsilon)
     if step is None:
         step = 2 / 255 if num_steps * 2 / 255 >= epsilon else epsilon / 4
 
@@ -100,7 +100,7 @@ def dap(
       num_steps: gradient steps.
       batch_size: images crafted at once.
     """
-    _check_epsilon(epsilon)
+    check_epsilon(epsilon)
     step = epsilon / 5 if step is None else step
     craft = _signed_descent(
         lambda key, images: jnp.array(images),  # a copy: the loop donates its carry
@@ -115,7 +115,7 @@ def dap(
 
 def durp(*, epsilon: float) -> Attack:
     """Returns class-wise random noise: one draw from U(-epsilon, epsilon) for each class."""
-    _check_epsilon(epsilon)
+    check_epsilon(epsilon)
 
     def craft(key, victim, images, labels, progress=None):
         shape = (victim.model.num_classes, *images.shape[1:])
@@ -164,6 +164,6 @@ def _signed_descent(start, objective, epsilon, step, num_steps, batch_size):
     return craft
 
 
-def _check_epsilon(epsilon):
+def check_epsilon(epsilon):
     if not 0 < epsilon <= 1:
         raise ValueError(f"epsilon is in units of pixels in [0, 1], not {epsilon}")

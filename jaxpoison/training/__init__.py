@@ -4,6 +4,11 @@ from jaxpoison.training.checkpoints import Checkpoints as Checkpoints
 from jaxpoison.training.evaluation import Evaluator as Evaluator
 from jaxpoison.training.evaluation import evaluator as evaluator
 from jaxpoison.training.fit import fit as fit
+from jaxpoison.training.heads import HEAD as HEAD
+from jaxpoison.training.heads import HeadRecipe as HeadRecipe
+from jaxpoison.training.heads import features as features
+from jaxpoison.training.heads import fit_head as fit_head
+from jaxpoison.training.heads import with_head as with_head
 from jaxpoison.training.recipe import CIFAR10 as CIFAR10
 from jaxpoison.training.recipe import MNIST as MNIST
 from jaxpoison.training.recipe import Recipe as Recipe
