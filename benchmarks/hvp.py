@@ -12,11 +12,11 @@ import argparse
 
 import jax
 import jax.numpy as jnp
-
 import measure
 import peers
 import problem as problems
-from jaxpoison import curvature, influence
+
+from jaxpoison import curvature
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
             sample_seconds=options.sample_seconds,
             dtype=options.dtype,
         )
-    measure.finish("hvp.py", options, result)
+    measure.finish("hvp.py", options, result | {"peers": others.versions})
 
 
 def whole_network(problem, u, batch_size, others) -> list[measure.Contender]:
@@ -65,7 +65,7 @@ def whole_network(problem, u, batch_size, others) -> list[measure.Contender]:
         )  # fmt: skip
 
     def fixed(kind):
-        linearise = jax.jit(lambda params, batch: kind(params, batch, jnp.float32(1 / batch_size)))
+        linearise = jax.jit(lambda params, batch: curvature.product(kind, params, batch))
         return measure.compiled(lambda product, u: product(u), linearise(problem.params, batch), u)
 
     def by_hand(params, batch, u):
@@ -76,26 +76,26 @@ def whole_network(problem, u, batch_size, others) -> list[measure.Contender]:
     ours = afresh(hessian)
     hand = measure.compiled(by_hand, problem.params, batch, u)
     want = problems.flat(ours.call())
-    yield_to = dict(part="all", batch=batch_size)
+    same = {"part": "all", "batch": batch_size}
     contenders = [
         measure.contender(work, measure.OURS, ours, flops=flops["hessian_afresh"]),
         measure.contender(
             work, "JAX by hand", hand, flops=flops["hessian_afresh"],
             difference=measure.difference(problems.flat(hand.call()), want),
         ),
-        *others.contenders(work, "hvp", want=want, **yield_to),
+        *others.contenders(work, "hvp", want=want, **same),
     ]  # fmt: skip
     work = work.replace("afresh", "at a fixed point")
     contenders += [
         measure.contender(work, measure.OURS, fixed(hessian), flops=flops["hessian"]),
-        *others.contenders(work, "hvp_fixed", want=want, **yield_to),
+        *others.contenders(work, "hvp_fixed", want=want, **same),
     ]
-    work = f"Gauss-Newton product, all parameters, B = {batch_size}, afresh"
-    contenders.append(
-        measure.contender(
-            work, measure.OURS, afresh(gauss_newton), flops=flops["gauss_newton_afresh"]
-        )
-    )
+    for name, program, count in (
+        ("afresh", afresh(gauss_newton), "gauss_newton_afresh"),
+        ("at a fixed point", fixed(gauss_newton), "gauss_newton"),
+    ):
+        work = f"Gauss-Newton product, all parameters, B = {batch_size}, {name}"
+        contenders.append(measure.contender(work, measure.OURS, program, flops=flops[count]))
     return contenders
 
 
@@ -103,7 +103,6 @@ def last_layer(problem, u, batch_size, others) -> list[measure.Contender]:
     """Returns those that multiply with the Hessian of the last layer."""
     images, labels = jax.tree.map(lambda x: x[:batch_size], problem.train)
     head = problem.params["head"]
-    cached = curvature.hessian(influence.linear_head_loss)
     anew = curvature.hessian(problem.head_loss)
 
     def program(kind, inputs):
@@ -113,7 +112,7 @@ def last_layer(problem, u, batch_size, others) -> list[measure.Contender]:
         )  # fmt: skip
 
     work = f"Hessian product, last layer, B = {batch_size}"
-    ours = program(cached, problem.features(images))
+    ours = program(curvature.linear_head, problem.features(images))
     want = problems.flat(ours.call())
     product, forward = problems.FLOPS["head_product"], problems.FLOPS["forward"]
     return [

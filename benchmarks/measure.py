@@ -94,7 +94,7 @@ def race(
     Returns:
       `limit_gflops`: of the product of two large matrices of `dtype`, the median of as many
       samples; `rows`: one dict per contender, times in seconds per call. `ratio` is the median
-      over rounds of its time divided by that of the first contender of the same work.
+      over rounds of its time per item divided by that of the first contender of the same work.
     """
     everyone = [_matrix_product(dtype), *contenders]
     repeats = [max(1, round(sample_seconds / each.sample(1))) for each in everyone]
@@ -113,8 +113,12 @@ def race(
     first = {}
     rows = []
     for index, each in enumerate(everyone[1:], start=1):
-        reference = seconds[first.setdefault(each.work, index)]
-        ratios = [mine / theirs for mine, theirs in zip(seconds[index], reference, strict=True)]
+        other = first.setdefault(each.work, index)
+        scale = everyone[other].items / each.items
+        ratios = [
+            scale * mine / theirs
+            for mine, theirs in zip(seconds[index], seconds[other], strict=True)
+        ]
         rate = gflops(index)
         rows.append(
             {
@@ -151,8 +155,10 @@ def finish(script: str, options: argparse.Namespace, result: dict[str, Any]) -> 
         "allocator": {name: os.environ.get(name) for name in ALLOCATOR}
     }
     result = {"script": script, "settings": settings, **result, "environment": environment}
-    print(f"\n{environment['device']}, {environment['cpu_cores']} cores, JAX "
-          f"{environment['versions']['jax']}; limit: {result['limit_gflops']:.0f} GFLOP/s")  # fmt: skip
+    print(
+        f"\n{environment['device']}, {environment['cpu_cores']} cores, "
+        f"JAX {environment['versions']['jax']}; limit: {result['limit_gflops']:.0f} GFLOP/s"
+    )
     print(table(result["rows"]), flush=True)
     if options.out:
         run.write_json(options.out, result)
@@ -165,7 +171,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "gflops", "of_limit", "seconds_at_limit", "compile_seconds",
     }  # fmt: skip
     lines = [
-        "| work | by | time | ratio | per second | of the limit | at the limit | compiled in | |",
+        "| work | by | time | of first | per second | of limit | at the limit | compiled in | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

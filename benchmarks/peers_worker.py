@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportFunctionMemberAccess=false
 # (torch, pyDVL, dattri and captum may live in an environment of their own)
 """Does the benchmarks' work with the PyTorch libraries; started by `peers.py`, needs no JAX.
 
@@ -19,9 +19,11 @@ import importlib
 import json
 import logging
 import os
+import platform
 import sys
 import time
 import warnings
+from importlib import metadata
 
 import numpy as np
 import torch
@@ -220,9 +222,14 @@ def torch_scores(p, *, part, batch):
     def one(params, image, label):
         return p.mean_loss((image[None], label[None]))(params)
 
+    few = list(zip(*(x.split(64) for x in chosen), strict=True))  # 1.7 MB of gradients each
+
     def from_gradients():
-        gradients = vmap(grad(one), (None, 0, 0))(params, *chosen)
-        return -sum(gradients[k].flatten(1) @ s[k].ravel() for k in s)
+        found = []
+        for each in few:
+            gradients = vmap(grad(one), (None, 0, 0))(params, *each)
+            found.append(-sum(gradients[k].flatten(1) @ s[k].ravel() for k in s))
+        return torch.cat(found)
 
     return {
         "torch.func.jvp": lambda: -jvp(lambda q: losses(q, chosen[0]), (params,), (s,))[1],
@@ -230,7 +237,8 @@ def torch_scores(p, *, part, batch):
     }
 
 
-def torch_pixel_maps(p, *, part, batch):
+def torch_pixel_maps(p, *, part, batch, dense_batch):
+    del dense_batch
     chosen = p.batch(batch)
     losses = p.losses(chosen)
     params, s = p.select(p.params, part), p.select(p.direction, part)
@@ -307,21 +315,25 @@ def pydvl_scores(p, *, part, batch):
     s = flatten(p.select(p.direction, part))
     chosen = as_batch(p.batch(batch))
     # The default forms all gradients: 1.7 MB an example for all parameters, so a few at a time.
-    few = [as_batch([x[i : i + 64] for x in chosen]) for i in range(0, batch, 64)]
+    few = [as_batch(each) for each in zip(*(x.split(64) for x in p.batch(batch)), strict=True)]
     return {
         "pyDVL, Jacobian product": lambda: -provider.jacobian_prod(chosen, s[None])[0],
         "pyDVL, default": lambda: torch.cat([-(provider.flat_grads(each) @ s) for each in few]),
     }
 
 
-def pydvl_pixel_maps(p, *, part, batch):
-    # 1.3 GB an image for all parameters: it forms the whole mixed derivative.
+def pydvl_pixel_maps(p, *, part, batch, dense_batch):
     if part == "all":
         return "its mixed derivative of all parameters takes 1.3 GB an image"
     provider, as_batch = pydvl_provider(p, part)
     s = flatten(p.select(p.direction, part))
-    chosen = as_batch(p.batch(batch))
-    return {"pyDVL": lambda: -(provider.flat_mixed_grads(chosen) @ s)}
+    chosen = as_batch(p.batch(dense_batch))
+
+    def maps():
+        return -(provider.flat_mixed_grads(chosen) @ s)
+
+    maps.items = dense_batch
+    return {"pyDVL": maps}
 
 
 def dattri_objective(p, part):
@@ -352,9 +364,7 @@ def dattri_cg(p, *, part, tolerance, max_steps):
     flat = flatten(p.select(p.params, part))
 
     def solve():
-        solver = hessian.ihvp_at_x_cg(
-            objective, flat, max_iter=max_steps, regularization=p.damping
-        )
+        solver = hessian.ihvp_at_x_cg(objective, flat, max_iter=max_steps, regularization=p.damping)
         return solver(flatten(p.group_gradient(part)))
 
     return {"dattri": solve}
@@ -399,6 +409,7 @@ def captum_cg(p, *, part, tolerance, max_steps):
             layers=["head"],
             loss_fn=torch.nn.CrossEntropyLoss(reduction="sum"),
             batch_size=512,
+            sample_wise_grads_per_batch=True,
             projection_dim=None,
             hessian_reg=p.damping * len(p.train[1]),  # its Hessian is a sum over examples
         )
@@ -468,10 +479,11 @@ def answer(problem, calls, command):
     facts = getattr(call, "facts", {})
     flat = our_layout(problem, part, result)
     np.save(command["path"], flat)
+    items = getattr(call, "items", None)
     if task == "cg" and flat.ndim == 1:
         tree = problem.unflatten(result, part) if isinstance(result, torch.Tensor) else result
         facts = {**facts, "residual": problem.residual(part, tree)}
-    return {"facts": facts}
+    return {"facts": facts, "items": items}
 
 
 def sample(problem, calls, command):
@@ -481,6 +493,18 @@ def sample(problem, calls, command):
     for _ in range(command["repeats"]):
         call()
     return {"seconds": time.perf_counter() - start}
+
+
+def versions(problem, calls, command):
+    del problem, calls, command
+    found = {"python": platform.python_version()}
+    for name in ("torch", "pyDVL", "dattri", "captum", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+COMMANDS = {"prepare": prepare, "answer": answer, "sample": sample, "versions": versions}
 
 
 def main():
@@ -493,9 +517,7 @@ def main():
         command = json.loads(line)
         # What libraries print must not stand among the answers.
         with contextlib.redirect_stdout(sys.stderr):
-            reply = {"prepare": prepare, "answer": answer, "sample": sample}[command["do"]](
-                problem, calls, command
-            )
+            reply = COMMANDS[command["do"]](problem, calls, command)
         print(json.dumps(reply), file=reply_to, flush=True)
 
 

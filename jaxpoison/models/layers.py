@@ -33,7 +33,7 @@ def conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs):
     plain = {*kwargs["lhs_dilation"], *kwargs["rhs_dilation"], kwargs["feature_group_count"]} == {1}
     if not (loops.steps_from_host() and plain and _as_patches(rhs.shape, window_strides)):
         return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
-    height, width, channels, features = rhs.shape
+    height, width, _, features = rhs.shape
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(lhs.shape[1:3], (height, width), window_strides, padding)
     lhs = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
