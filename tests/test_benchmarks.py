@@ -1,0 +1,93 @@
+"""The benchmarks as a user runs them, at sizes that say nothing about speed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+TINY = ("--rounds", "1", "--sample-seconds", "0")
+SMALL = (*TINY, "--train", "32", "--group", "16")
+
+
+def run(tmp_path, script, *flags):
+    out = tmp_path / "result.json"
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / script), "--out", str(out), *flags],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert {"versions", "device", "commit"} <= result["environment"].keys()
+    assert result["limit_gflops"] > 0
+    for row in result["rows"]:
+        assert row["work"] in done.stdout
+        assert 0 < row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
+        assert row["gflops"] is None or row["of_limit"] > 0
+    return result
+
+
+def by_work(result, prefix):
+    found = [row for row in result["rows"] if row["work"].startswith(prefix)]
+    assert found
+    return found
+
+
+def test_hvp(tmp_path):
+    result = run(tmp_path, "hvp.py", *SMALL, "--batches", "16")
+    afresh = by_work(result, "Hessian product, all parameters, B = 16, afresh")
+    hand = next(row for row in afresh if row["name"] == "JAX by hand")
+    assert hand["difference"] < 1e-5  # XLA's convolutions against ours
+    assert all(row["compile_seconds"] > 0 for row in result["rows"])
+
+
+def test_ihvp(tmp_path):
+    result = run(tmp_path, "ihvp.py", *SMALL, "--chunk-size", "16", "--tolerance", "1e-2")
+    whole, in_chunks = by_work(result, "CG to 0.01, all parameters")[2:4]  # Gauss-Newton
+    assert whole["residual"] < 0.01 and whole["products"] == in_chunks["products"]
+    precise = by_work(result, "CG to 0.01, last layer")[-1]
+    assert precise["residual"] < 2e-5
+    assert [row["items_per_second"] * row["seconds"] for row in by_work(result, "LiSSA")] == (
+        pytest.approx([20] * 4)
+    )
+
+
+def test_influence(tmp_path):
+    result = run(tmp_path, "influence.py", *SMALL, "--batch", "32", "--chunk-size", "16")
+    for row in by_work(result, "pixel maps"):
+        assert row["items_per_second"] * row["seconds"] == pytest.approx(32)
+
+
+def test_scaling(tmp_path):
+    sizes = ("--examples", "32", "64", "--devices", "2", "--only", "examples", "devices")
+    result = run(tmp_path, "scaling.py", *TINY, *sizes)
+    assert all(row["peak_megabytes"] > 100 for row in result["rows"])
+    assert "seconds by examples, scores" in result["slopes"]
+
+
+def test_hint_selection(tmp_path):
+    sizes = ("--networks", "mnist", "--examples", "128", "--batch-size", "64", "--part", "2")
+    result = run(tmp_path, "hint_selection.py", *TINY, *sizes)
+    solve = by_work(result, "MNIST CNN, N = 128: solve")[0]
+    assert solve["residual"] < 2e-6
+
+
+def test_absent_peers_are_left_out_with_a_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "hvp.py"), *SMALL, "--batches", "16", "--peers"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        assert "peers left out" in done.stdout
