@@ -44,6 +44,8 @@ CACHE_BYTES = 2**30  # vectors up to this size are kept, so that `fit_filter` ru
 MOST_EXAMPLES_OF_MAHA = 8192  # its matrices are n x n
 _LINKED = ("module", "variables", "apply_kwargs", "preprocess", "predicate", "mesh")  # never saved
 
+_EMPTY = "there are no examples: X is an empty iterable"
+
 Chunks = Iterable[tuple[Any, Any]]  # (examples, labels), a re-iterable
 
 
@@ -156,8 +158,7 @@ class CharacteristicVectorFilter:
 
     def filter(self, X: Any, y: Any = None) -> FilterResult:
         """Returns the verdict on X, in its order, by the centroids of `fit`; arguments as there."""
-        if not hasattr(self, "centroids_"):
-            raise ValueError("call fit (or fit_filter) first: there are no centroids yet")
+        self._check_fitted()
         return self._filter(_chunks(X, y), self._passes())
 
     def fit_filter(self, X: Any, y: Any = None, trusted: Any = None) -> FilterResult:
@@ -166,13 +167,14 @@ class CharacteristicVectorFilter:
         An iterable of batches is read twice; an iterator, which cannot be, has its vectors kept.
         """
         chunks, passes = _chunks(X, y), self._passes()
-        if isinstance(chunks, list):
+        if isinstance(chunks, _Whole):
             vector = jax.eval_shape(passes.vectors, self.variables, _one(chunks[0][0]))
             keep = len(y) * _num_bytes(vector) <= CACHE_BYTES
         else:
             keep = isinstance(chunks, Iterator)
         if keep:
-            chunks, passes = [self._collect(chunks, passes)], self._passes(extracted=True)
+            chunks = _Whole([self._collect(chunks, passes)])
+            passes = self._passes(extracted=True)
         return self._fit(chunks, passes, trusted)._filter(chunks, passes)
 
     def fit_resample(self, X: Any, y: Any, trusted: Any = None) -> tuple[Any, Any]:
@@ -183,6 +185,7 @@ class CharacteristicVectorFilter:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes settings and centroids, not the network, to one `.npz` without pickled objects."""
+        self._check_fitted()
         layers = {"paths": self.centroids_.paths, "sizes": self.centroids_.sizes}
         fitted = jax.tree.leaves((self.centroids_, self.covariance_))
         path = Path(path)
@@ -247,7 +250,7 @@ class CharacteristicVectorFilter:
                 )
             smallest = 2 if self.gamma == "fisher" or self.metric in ("z", "maha") else 1
             reference = self._summarise(_chunks(*trusted), self._passes(), smallest)
-        gamma = fisher_weights(reference.centroids) if self.gamma == "fisher" else self.gamma
+        gamma = _fisher_weights(reference.centroids) if self.gamma == "fisher" else self.gamma
         gamma = layer_weights(gamma, len(reference.centroids.paths))
         covariance = None
         if self.metric == "maha":
@@ -262,7 +265,7 @@ class CharacteristicVectorFilter:
             reference = _pulled(reference, self._summarise(chunks, passes, 1), self.tau)
         self.classes_, self.centroids_ = reference[:2]
         self.covariance_, self.layer_weights_ = covariance, np.asarray(gamma)
-        if isinstance(chunks, list):  # arrays; the labels of batches are checked by `filter`
+        if isinstance(chunks, _Whole):  # the labels of batches are checked by `filter`
             self._positions(chunks[0][1])
         warn_of_gaps(self.classes_)
         layers = zip(self.centroids_.paths, self.centroids_.sizes, strict=True)
@@ -285,6 +288,8 @@ class CharacteristicVectorFilter:
             _require_finite(finite, seen)
             parts.append((distances, positions))
             seen += len(positions)
+        if not parts:
+            raise ValueError(_EMPTY)
         distances, positions = map(np.concatenate, zip(*parts, strict=True))
         config = self._settings() | {"layer_weights": tuple(self.layer_weights_.tolist())}
         result = _decide(distances, positions, margin=self.margin, settings=tuple(config.items()))
@@ -315,13 +320,13 @@ class CharacteristicVectorFilter:
     def _accumulate(self, chunks: Chunks, passes: Passes) -> "_Reference":
         variables = self._placed(self.variables)
         classes, centroids, seen = np.empty(0), None, 0
-        for x, y in chunks:
+        for x, y in self._checked(chunks, passes):
             positions, found = encode_labels(y)
             if centroids is None:
                 classes, centroids = found, self._no_examples(passes, x, len(found))
             elif not np.isin(found, classes).all():
                 classes, known = np.union1d(classes, found), classes
-                centroids = centroids.take(_where(classes, known))
+                centroids = _take(centroids, _where(classes, known))
             labels = _where(found, classes)[positions]
             centroids, finite = passes.accumulate(
                 variables, self._placed(centroids), self._placed((x, labels))
@@ -329,7 +334,7 @@ class CharacteristicVectorFilter:
             _require_finite(finite, seen)
             seen += len(labels)
         if centroids is None:
-            raise ValueError("there are no examples: X is an empty iterable")
+            raise ValueError(_EMPTY)
         return _Reference(classes, centroids, None, None)
 
     def _no_examples(self, passes, x, num_classes):
@@ -345,7 +350,7 @@ class CharacteristicVectorFilter:
         """Returns the vectors and labels of all examples."""
         variables = self._placed(self.variables)
         vectors, labels, seen = [], [], 0
-        for x, y in chunks:
+        for x, y in self._checked(chunks, passes):
             positions, classes = encode_labels(y)
             extracted, finite = passes.extract(variables, self._placed(x))
             _require_finite(finite, seen)
@@ -353,7 +358,7 @@ class CharacteristicVectorFilter:
             labels.append(classes[positions])
             seen += len(positions)
         if not vectors:
-            raise ValueError("there are no examples: X is an empty iterable")
+            raise ValueError(_EMPTY)
         num_bytes = sum(map(_num_bytes, vectors))
         if num_bytes > CACHE_BYTES:
             warnings.warn(
@@ -363,6 +368,22 @@ class CharacteristicVectorFilter:
                 stacklevel=4,
             )
         return jax.tree.map(lambda *a: jnp.concatenate(a), *vectors), np.concatenate(labels)
+
+    def _checked(self, chunks: Chunks, passes: Passes) -> Iterator[tuple[Any, Any]]:
+        """Yields `chunks`, and looks whether examples mix in layers whose mode is not known."""
+        unknown = self.predicate is not is_batch_norm
+        for x, y in chunks:
+            if unknown:
+                unknown = False
+                alone, together = (
+                    passes.extract(
+                        self._placed(self.variables),
+                        self._placed(jax.tree.map(lambda a, number=number: a[:number], x)),
+                    )[0]
+                    for number in (1, 2)
+                )
+                _require_equal(alone, together)
+            yield x, y
 
     def _positions(self, y):
         """Returns the places of labels among the classes of the centroids."""
@@ -416,6 +437,10 @@ class CharacteristicVectorFilter:
         covariance = Mahalanobis(*[leaf] * 6) if self.metric == "maha" else None
         return jax.tree.structure((centroids, covariance))
 
+    def _check_fitted(self):
+        if not hasattr(self, "centroids_"):
+            raise ValueError("call fit (or fit_filter) first: there are no centroids yet")
+
     def _check(self):
         for name, allowed in (("centroids", ("dataset", "trusted")), ("metric", get_args(Metric))):
             if getattr(self, name) not in allowed:
@@ -440,6 +465,10 @@ class CharacteristicVectorFilter:
             )
 
 
+class _Whole(list):
+    """Arrays, as a list of one chunk."""
+
+
 class _Reference(NamedTuple):
     """Classes, their centroids, and (where all vectors are needed) what they were computed from."""
 
@@ -452,9 +481,9 @@ class _Reference(NamedTuple):
 def _pulled(trusted: _Reference, dataset: _Reference, tau: float) -> _Reference:
     classes = np.union1d(trusted.classes, dataset.classes)
     mine, theirs = (
-        each.centroids.take(_where(classes, each.classes)) for each in (trusted, dataset)
+        _take(each.centroids, _where(classes, each.classes)) for each in (trusted, dataset)
     )
-    return trusted._replace(classes=classes, centroids=shrink(mine, theirs, tau))
+    return trusted._replace(classes=classes, centroids=_shrink(mine, theirs, tau))
 
 
 def _check_class_sizes(reference: _Reference, smallest: int) -> None:
@@ -481,6 +510,18 @@ def _require_finite(finite: jax.Array, seen: int) -> None:
         )
 
 
+def _require_equal(alone: CharVec, together: CharVec) -> None:
+    """Raises if the first example has other vectors in company; by 2 %, as bfloat16 rounds."""
+    for path, a, b in zip(alone.paths, alone.blocks, together.blocks, strict=True):
+        for mine, theirs in zip(a, b, strict=True):
+            if jnp.linalg.norm(mine[0] - theirs[0]) > 0.02 * jnp.linalg.norm(mine[0]):
+                raise ValueError(
+                    f"{path}: what an example does there depends on the other examples of its "
+                    "batch, as in training mode: pass what your model takes for evaluation mode "
+                    "(apply_kwargs)"
+                )
+
+
 def _where(wanted: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """Returns the place of each of `wanted` among the ascending `classes`, int32; -1 if absent."""
     place = np.searchsorted(classes, wanted).astype(np.int32)
@@ -500,7 +541,7 @@ def _chunks(X: Any, y: Any) -> Chunks:
             f"the examples have lengths {sorted(num_examples)}, the labels {num_labels}: give one "
             "label to each example"
         )
-    return [(X, y)]
+    return _Whole([(X, y)])
 
 
 def _one(x):
@@ -512,5 +553,8 @@ def _num_bytes(tree):
 
 
 _fit_centroids = jax.jit(fit_centroids, static_argnums=2, static_argnames=("estimator", "variance"))
+_fisher_weights = jax.jit(fisher_weights)
+_shrink = jax.jit(shrink)
+_take = jax.jit(Centroids.take)
 _fit_mahalanobis = jax.jit(fit_mahalanobis, static_argnames=("beta",))
 _decide = jax.jit(decide, static_argnames=("margin", "settings"))

@@ -84,7 +84,8 @@ def passes(
 
 @functools.lru_cache(maxsize=16)
 def _shared(extractor, comparison, batch_size, mesh):
-    vectors = _given if extractor is None else extractor
+    def vectors(variables, x):
+        return x if extractor is None else extractor(variables, x)
 
     def extract(variables, x):
         charvec = vectors(variables, x)
@@ -123,10 +124,6 @@ def _shared(extractor, comparison, batch_size, mesh):
         loops.fold_batches(accumulate, batch_size=batch_size, mesh=mesh),
         loops.map_batches(compare, batch_size=batch_size, mesh=mesh),
     )
-
-
-def _given(variables, charvec):
-    return charvec
 
 
 def _finite(charvec):
