@@ -13,7 +13,7 @@ jax.config.update("jax_enable_x64", False)
 
 # Modules that compile many tiny functions and run each once. Elsewhere, in training above all,
 # slower code would cost more than its quicker compilation saves.
-COMPILE_BOUND = {"test_influence", "test_curvature", "test_solvers"}
+COMPILE_BOUND = {"test_influence", "test_curvature", "test_solvers", "test_transfer_attacks"}
 
 
 @pytest.fixture(autouse=True, scope="module")
