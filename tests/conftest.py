@@ -22,6 +22,7 @@ COMPILE_BOUND = {
     "test_charvec_centroids",
     "test_filters",
     "test_filters_rivals",
+    "test_transfer_attacks",
 }
 
 

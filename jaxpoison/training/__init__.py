@@ -3,6 +3,7 @@
 from jaxpoison.training.checkpoints import Checkpoints as Checkpoints
 from jaxpoison.training.evaluation import Evaluator as Evaluator
 from jaxpoison.training.evaluation import evaluator as evaluator
+from jaxpoison.training.fit import Transfer as Transfer
 from jaxpoison.training.fit import fit as fit
 from jaxpoison.training.heads import HEAD as HEAD
 from jaxpoison.training.heads import HeadRecipe as HeadRecipe

@@ -8,7 +8,7 @@ have done.
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,19 @@ from jaxpoison.training.state import TrainState, at_step, init_state
 Report = Callable[[int, dict[str, Any]], None]
 
 
+class Transfer(NamedTuple):
+    """Transfer learning: a trained extractor that stays as it is, a head from new initial values.
+
+    Attributes:
+      variables: `params` and `batch_stats` of the trained network; its head is not used.
+      bn_frozen: whether BatchNorm keeps the running statistics. If not, it uses those of the batch
+        and updates the running ones, as the released code of HINT does.
+    """
+
+    variables: Any
+    bn_frozen: bool = True
+
+
 def fit(
     model: Classifier,
     recipe: Recipe,
@@ -36,6 +49,7 @@ def fit(
     key: jax.Array,
     test: Dataset | None = None,
     defense: Defense | None = None,
+    transfer: Transfer | None = None,
     mesh: jax.sharding.Mesh | None = None,
     checkpoints: Checkpoints | None = None,
     report: Report | None = None,
@@ -49,6 +63,7 @@ def fit(
       key: typed PRNG key; initial weights, order, augmentation and the defence follow from it.
       test: if given, accuracy on it is reported after each epoch; nothing is chosen by it.
       defense: what to do against poisons; default nothing.
+      transfer: if given, only the head is trained, on this extractor.
       mesh: devices to use; default all. The batch size must divide by their number.
       checkpoints: if given, the run continues from the newest one and saves as it goes.
       report: called after each epoch as `report(epoch, metrics)`, epochs counted from 0. Metrics
@@ -71,13 +86,16 @@ def fit(
     init_key, data_key, defense_key = jax.random.split(key, 3)
 
     train = parallel.replicate(train, mesh)
-    state = parallel.replicate(init_state(model, optimizer, init_key, train.images.shape[1:]), mesh)
+    state = init_state(model, optimizer, init_key, train.images.shape[1:])
+    if transfer is not None:
+        state = _transferred(state, transfer, optimizer)
+    state = parallel.replicate(state, mesh)
     defense_state = parallel.replicate(defense.init(defense_key, train), mesh)
     first_epoch = 0
     if checkpoints is not None:
         first_epoch, (state, defense_state) = checkpoints.restore((state, defense_state))
 
-    run_epoch = loops.scan(train_step(model, recipe, optimizer, defense, mesh))
+    run_epoch = loops.scan(train_step(model, recipe, optimizer, defense, mesh, transfer))
     predict = evaluator(model, mesh=mesh)
     test = None if test is None else parallel.replicate(test, mesh)
     for epoch in range(first_epoch, recipe.epochs):
@@ -134,11 +152,15 @@ def train_step(
     optimizer: optax.GradientTransformation,
     defense: Defense,
     mesh: jax.sharding.Mesh,
+    transfer: Transfer | None = None,
 ) -> loops.Step:
     """Returns `step((dataset, defense_state, key), train_state, indices [B])`, for `loops.scan`.
 
     The batch is spread over `mesh`; means over it, BatchNorm's included, are over all of it.
+    Dropout, where the network has some, is drawn anew. With `transfer` only the head moves, and
+    the optimiser's state is that of the head; with `bn_frozen` there is no dropout.
     """
+    bn_frozen = transfer is not None and transfer.bn_frozen
 
     def augment(key, images):
         if recipe.max_shift == 0 and not recipe.flip:
@@ -150,30 +172,50 @@ def train_step(
 
     def step(constants, state, indices):
         dataset, defense_state, key = constants
-        augment_key, defense_key = jax.random.split(jax.random.fold_in(key, state.step))
+        step_key = jax.random.fold_in(key, state.step)
+        augment_key, defense_key = jax.random.split(step_key)
         images, labels = parallel.constrain_examples(
             (to_float(dataset.images[indices]), dataset.labels[indices]), mesh
         )
         batch = dataset._replace(images=augment(augment_key, images), labels=labels)
         batch = defense.on_batch(defense_state, defense_key, state, batch)
 
-        def loss_fn(params):
-            variables = {"params": params, "batch_stats": state.batch_stats}
+        def loss_fn(trained):
+            params = trained if transfer is None else {**state.params, "head": trained}
             logits, updates = model.apply(
-                variables, batch.images, train=True, mutable=["batch_stats"]
+                {"params": params, "batch_stats": state.batch_stats},
+                batch.images,
+                train=not bn_frozen,
+                mutable=["batch_stats"],
+                rngs=None if bn_frozen else {"dropout": jax.random.fold_in(step_key, 2)},
             )
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
             hits = jnp.argmax(logits, axis=-1) == batch.labels
             return jnp.mean(losses), (jnp.mean(hits), updates["batch_stats"])
 
+        trained = state.params if transfer is None else state.params["head"]
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (hits, batch_stats)), gradient = gradient_fn(state.params)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        (loss, (hits, batch_stats)), gradient = gradient_fn(trained)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
+        params = trained if transfer is None else {**state.params, "head": trained}
         state = TrainState(state.step + 1, params, batch_stats, opt_state)
         return state, {"loss": loss, "train_accuracy": hits}
 
     return step
+
+
+def _transferred(state, transfer, optimizer):
+    """Returns the state before the first step: the extractor's body, `state`'s own head."""
+    # Copies, since the loop over steps donates its carry.
+    body, batch_stats = jax.tree.map(
+        jnp.array, (transfer.variables["params"]["body"], transfer.variables.get("batch_stats", {}))
+    )
+    head = state.params["head"]
+    wanted = jax.tree.map(jnp.shape, (state.params["body"], state.batch_stats))
+    if jax.tree.map(jnp.shape, (body, batch_stats)) != wanted:
+        raise ValueError("transfer.variables do not fit the model: names or shapes differ")
+    return TrainState(state.step, {"body": body, "head": head}, batch_stats, optimizer.init(head))
 
 
 def epoch_order(key: jax.Array, epoch: int, num_examples: int, batch_size: int) -> jax.Array:
