@@ -30,7 +30,10 @@ def main() -> None:
     options = parser.parse_args()
 
     problem = problems.make(
-        train=max(options.train, *options.batches), group=options.group, dtype=options.dtype
+        train=max(options.train, *options.batches),
+        group=options.group,
+        epochs=options.epochs,
+        dtype=options.dtype,
     )
     u = problems.direction(problem.params)
     with peers.Peers(options, problem, u) as others:

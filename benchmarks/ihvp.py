@@ -37,7 +37,9 @@ def main() -> None:
     peers.add_arguments(parser)
     options = parser.parse_args()
 
-    problem = problems.make(train=options.train, group=options.group, dtype=options.dtype)
+    problem = problems.make(
+        train=options.train, group=options.group, epochs=options.epochs, dtype=options.dtype
+    )
     with peers.Peers(options, problem, problems.direction(problem.params)) as others:
         contenders = [
             *conjugate_gradients(problem, options, others),

@@ -51,7 +51,10 @@ def main() -> None:
     options = parser.parse_args()
 
     problem = problems.make(
-        train=max(options.train, options.batch), group=options.group, dtype=options.dtype
+        train=max(options.train, options.batch),
+        group=options.group,
+        epochs=options.epochs,
+        dtype=options.dtype,
     )
     s = problems.direction(problem.params)
     forward = problems.FLOPS["forward"]

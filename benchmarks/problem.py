@@ -115,14 +115,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the sizes of the problem."""
     parser.add_argument("--train", type=int, default=2048, help="training examples")
     parser.add_argument("--group", type=int, default=256, help="trusted examples")
+    parser.add_argument("--epochs", type=int, default=16, help="of training beforehand")
     parser.add_argument("--dtype", default="float32", help="of the network's body, or bfloat16")
 
 
-def make(*, train: int, group: int, dtype: str = "float32", width: int = 128) -> Problem:
-    """Returns the problem; its weights depend on `width`, the dense layer's, alone."""
+def make(
+    *, train: int, group: int, epochs: int = 16, dtype: str = "float32", width: int = 128
+) -> Problem:
+    """Returns the problem; its weights depend on `epochs` and `width`, the dense layer's, alone."""
     splits = data.load_embedded("mnist")
     model = models.Classifier(body=SmallCnn(width=width), num_features=width)
-    params = _trained(model, _first(splits.train, 2048))
+    params = _trained(model, _first(splits.train, 2048), epochs)
     body = SmallCnn(dtype=jnp.dtype(dtype), width=width)
     return Problem(
         model.clone(body=body, dtype=body.dtype),
@@ -153,8 +156,8 @@ def _first(dataset: data.Dataset, count: int) -> tuple[jax.Array, jax.Array]:
     return data.to_float(dataset.images[index]), jnp.asarray(dataset.labels[index])
 
 
-def _trained(model: models.Classifier, batch: tuple[jax.Array, jax.Array]) -> Any:
-    """Returns the parameters after 16 epochs of SGD with momentum, batches of 128."""
+def _trained(model: models.Classifier, batch: tuple[jax.Array, jax.Array], epochs: int) -> Any:
+    """Returns the parameters after some epochs of SGD with momentum, batches of 128."""
     images, labels = batch
     params = model.init(jax.random.key(0), images[:1])["params"]
     optimiser = optax.sgd(0.05, momentum=0.9)
@@ -170,7 +173,7 @@ def _trained(model: models.Classifier, batch: tuple[jax.Array, jax.Array]) -> An
         return optax.apply_updates(params, updates), state
 
     state = optimiser.init(params)
-    for epoch in range(16):
+    for epoch in range(epochs):
         order = jax.random.permutation(jax.random.key(1 + epoch), len(labels))
         for index in order.reshape(-1, 128):
             params, state = step(params, state, index)

@@ -99,7 +99,7 @@ def in_new_process(point: dict[str, int], options: argparse.Namespace) -> dict:
 
 def measure_point(point: dict[str, int], options: argparse.Namespace) -> dict:
     """Returns rows for one product and for scores, with the peak of this process's memory."""
-    problem = problems.make(train=point["examples"], group=1, width=point["width"])
+    problem = problems.make(train=point["examples"], group=1, epochs=0, width=point["width"])
     mesh = parallel.data_mesh(jax.devices()[: point["devices"]])
     params = parallel.replicate(problem.params, mesh)
     u = parallel.replicate(problems.direction(params), mesh)

@@ -10,7 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 TINY = ("--rounds", "1", "--sample-seconds", "0")
-SMALL = (*TINY, "--train", "32", "--group", "16")
+SMALL = (*TINY, "--train", "32", "--group", "16", "--epochs", "0")
 
 
 def run(tmp_path, script, *flags):
@@ -20,7 +20,8 @@ def run(tmp_path, script, *flags):
         capture_output=True,
         text=True,
         timeout=600,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        # Quick compilation: what is compiled here runs once.
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -41,7 +42,9 @@ def by_work(result, prefix):
 
 
 def test_hvp(tmp_path):
-    result = run(tmp_path, "hvp.py", *SMALL, "--batches", "16")
+    nothing_there = ("--peers", "--peers-python", "false")  # the program that always fails
+    result = run(tmp_path, "hvp.py", *SMALL, "--batches", "16", *nothing_there)
+    assert result["peers"] == {}
     afresh = by_work(result, "Hessian product, all parameters, B = 16, afresh")
     hand = next(row for row in afresh if row["name"] == "JAX by hand")
     assert hand["difference"] < 1e-5  # XLA's convolutions against ours
@@ -66,7 +69,7 @@ def test_influence(tmp_path):
 
 
 def test_scaling(tmp_path):
-    sizes = ("--examples", "32", "64", "--devices", "2", "--only", "examples", "devices")
+    sizes = ("--examples", "32", "64", "--only", "examples")
     result = run(tmp_path, "scaling.py", *TINY, *sizes)
     assert all(row["peak_megabytes"] > 100 for row in result["rows"])
     assert "seconds by examples, scores" in result["slopes"]
@@ -77,17 +80,3 @@ def test_hint_selection(tmp_path):
     result = run(tmp_path, "hint_selection.py", *TINY, *sizes)
     solve = by_work(result, "MNIST CNN, N = 128: solve")[0]
     assert solve["residual"] < 2e-6
-
-
-def test_absent_peers_are_left_out_with_a_line(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "hvp.py"), *SMALL, "--batches", "16", "--peers"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        assert "peers left out" in done.stdout
