@@ -79,6 +79,14 @@ def test_hint_selection(tmp_path):
     assert solve["residual"] < 2e-6
 
 
+def test_filter_overhead(tmp_path):
+    result = run(tmp_path, "filter_overhead.py", *TINY, "--widths", "2", "--batches", "4")
+    plain, vectors, verdict = by_work(result, "ResNet-18 of width 2, B = 4")
+    assert plain["ratio"] == 1 and verdict["items_per_second"] > 0
+    # 5 BatchNorm layers of each width: the first stage has the stem's in place of a shortcut's.
+    assert vectors["bytes_per_example"] == 4 * 2 * 2 * (5 + 5 * 2 + 5 * 4 + 5 * 8)
+
+
 def test_absent_peers_are_left_out_with_a_line(tmp_path):
     done = subprocess.run(
         [sys.executable, str(FOLDER / "hvp.py"), *SMALL, "--batches", "16", "--peers"],
