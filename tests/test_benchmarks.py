@@ -80,3 +80,11 @@ def test_hint_selection(tmp_path):
     result = run(tmp_path, "hint_selection.py", *TINY, *sizes)
     solve = by_work(result, "MNIST CNN, N = 128: solve")[0]
     assert solve["residual"] < 2e-6
+
+
+def test_filter_overhead(tmp_path):
+    result = run(tmp_path, "filter_overhead.py", *TINY, "--widths", "2", "--batches", "4")
+    plain, vectors, verdict = by_work(result, "ResNet-18 of width 2, B = 4")
+    assert plain["ratio"] == 1 and verdict["items_per_second"] > 0
+    # 5 BatchNorm layers of each width: the first stage has the stem's in place of a shortcut's.
+    assert vectors["bytes_per_example"] == 4 * 2 * 2 * (5 + 5 * 2 + 5 * 4 + 5 * 8)

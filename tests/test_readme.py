@@ -40,8 +40,8 @@ def few_images(monkeypatch):
     monkeypatch.setattr(data, "load_embedded", load)
 
 
-def test_there_are_two_examples():
-    assert len(BLOCKS) == 2
+def test_there_are_three_examples():
+    assert len(BLOCKS) == 3
 
 
 def test_influence_example():
@@ -103,3 +103,12 @@ def test_hint_example(few_images, capsys):
     epochs = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [epoch for epoch, *_ in epochs] == ["0", "1"]
     assert all(0 <= float(accuracy) <= 1 for *_, accuracy in epochs)
+
+
+def test_filter_example():
+    names = run(BLOCKS[2])
+    result = names["result"]
+    wrong = np.arange(300) < 10
+    wrong &= np.arange(300) % 3 != 2
+    np.testing.assert_array_equal(result.is_poison, wrong)
+    assert len(names["x"]) == len(names["y"]) == 300 - 7

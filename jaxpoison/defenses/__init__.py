@@ -5,6 +5,7 @@ from jaxpoison.defenses.adversarial import adversarial_training as adversarial_t
 from jaxpoison.defenses.base import Defense as Defense
 from jaxpoison.defenses.base import chain as chain
 from jaxpoison.defenses.base import none as none
+from jaxpoison.defenses.characteristic import characteristic_filter as characteristic_filter
 from jaxpoison.defenses.epic import EpicConfig as EpicConfig
 from jaxpoison.defenses.epic import epic as epic
 from jaxpoison.defenses.friends import FriendsConfig as FriendsConfig

@@ -7,7 +7,9 @@ in every step. It never sees which examples are poisoned.
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
+from jaxpoison import parallel
 from jaxpoison.data import Dataset
 
 State = Any  # a pytree of arrays: what must survive from epoch to epoch (and in checkpoints)
@@ -43,18 +45,34 @@ class BatchFn(Protocol):
     ) -> Dataset: ...
 
 
+class KeepFn(Protocol):
+    """Returns which examples of the set the whole run uses, bool [N] on the host.
+
+    Decided in `init` once and for all, so that what comes later in a chain can count on it.
+    """
+
+    def __call__(self, state: State, num_examples: int) -> np.ndarray: ...
+
+
+def keep_all(state, num_examples):
+    """The `KeepFn` of a defence that has not decided to drop anything for good."""
+    return np.ones(num_examples, bool)
+
+
 class Defense(NamedTuple):
-    """A defence; write your own by giving these three functions.
+    """A defence; write your own by giving the first three functions.
 
     Attributes:
       init: state before the first epoch.
       on_epoch: the training set of one epoch.
       on_batch: the batch of one step.
+      keep: which examples `on_epoch` returns at every epoch, if `init` decides that.
     """
 
     init: InitFn
     on_epoch: EpochFn
     on_batch: BatchFn
+    keep: KeepFn = keep_all
 
 
 def keep_epoch(state, epoch, train_state, dataset):
@@ -75,20 +93,29 @@ def none() -> Defense:
 def chain(*defenses: Defense) -> Defense:
     """Returns the defences applied one after another, each to what the one before returned.
 
-    A defence that drops examples must come after those that hold state per example, or keep what
-    it drops fixed from its first epoch on.
+    A defence that drops examples must come after those that hold state per example, unless it
+    decides in `init` and says so by `keep`: those after it are then given the smaller set from the
+    start, and what they tell of examples is told of the set as collected.
     """
 
     def init(key, dataset):
-        return tuple(
-            defense.init(jax.random.fold_in(key, index), dataset)
-            for index, defense in enumerate(defenses)
-        )
+        states = []
+        for index, defense in enumerate(defenses):
+            states.append(defense.init(jax.random.fold_in(key, index), dataset))
+            dataset = select(dataset, defense.keep(states[-1], len(dataset.labels)))
+        return tuple(states)
 
     def on_epoch(state, epoch, train_state, dataset):
         states, infos = [], {}
+        num_examples = len(dataset.labels)
+        rows = np.arange(num_examples)  # of the set as collected, which are still there
         for defense, part in zip(defenses, state, strict=True):
             part, dataset, info = defense.on_epoch(part, epoch, train_state, dataset)
+            if "chosen" in info and len(rows) < num_examples:
+                chosen = np.zeros(num_examples, bool)
+                chosen[rows] = parallel.to_host(info["chosen"])
+                info = {**info, "chosen": chosen}
+            rows = rows[defense.keep(part, len(rows))]
             states.append(part)
             infos.update(info)
         return tuple(states), dataset, infos
@@ -98,4 +125,18 @@ def chain(*defenses: Defense) -> Defense:
             batch = defense.on_batch(part, jax.random.fold_in(key, index), train_state, batch)
         return batch
 
-    return Defense(init, on_epoch, on_batch)
+    def keep(state, num_examples):
+        rows = np.arange(num_examples)
+        for defense, part in zip(defenses, state, strict=True):
+            rows = rows[defense.keep(part, len(rows))]
+        return np.isin(np.arange(num_examples), rows)
+
+    return Defense(init, on_epoch, on_batch, keep)
+
+
+def select(dataset: Dataset, keep: np.ndarray) -> Dataset:
+    """Returns the examples for which `keep`, bool [N], is True, in their order."""
+    if keep.all():
+        return dataset
+    rows = np.flatnonzero(keep)
+    return jax.tree.map(lambda array: array[rows], dataset)

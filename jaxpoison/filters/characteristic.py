@@ -264,7 +264,7 @@ class CharacteristicVectorFilter:
         if self.tau > 0:
             reference = _pulled(reference, self._summarise(chunks, passes, 1), self.tau)
         self.classes_, self.centroids_ = reference[:2]
-        self.covariance_, self.layer_weights_ = covariance, np.asarray(gamma)
+        self.covariance_, self.layer_weights_ = covariance, parallel.to_host(gamma)
         if isinstance(chunks, _Whole):  # the labels of batches are checked by `filter`
             self._positions(chunks[0][1])
         warn_of_gaps(self.classes_)
@@ -286,7 +286,7 @@ class CharacteristicVectorFilter:
             positions = self._positions(y)
             distances, finite = passes.compare(constants, self._placed((x, positions)))
             _require_finite(finite, seen)
-            parts.append((distances, positions))
+            parts.append((parallel.to_host(distances), positions))
             seen += len(positions)
         if not parts:
             raise ValueError(_EMPTY)
@@ -487,7 +487,7 @@ def _pulled(trusted: _Reference, dataset: _Reference, tau: float) -> _Reference:
 
 
 def _check_class_sizes(reference: _Reference, smallest: int) -> None:
-    counts = np.asarray(reference.centroids.count)
+    counts = parallel.to_host(reference.centroids.count)
     small = counts < smallest
     if small.any():
         found = ", ".join(
@@ -502,7 +502,7 @@ def _check_class_sizes(reference: _Reference, smallest: int) -> None:
 
 
 def _require_finite(finite: jax.Array, seen: int) -> None:
-    bad = np.flatnonzero(~np.asarray(finite))
+    bad = np.flatnonzero(~parallel.to_host(finite))
     if len(bad):
         raise ValueError(
             f"the characteristic vectors of {len(bad)} examples are not finite, the first at "

@@ -1,0 +1,147 @@
+"""The filter in training, alone and before HINT."""
+
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bn_networks import variables_of
+
+from jaxpoison import filters, models, parallel, training
+from jaxpoison.data import Dataset
+from jaxpoison.defenses import Defense, HintConfig, chain, characteristic_filter, hint, none
+from jaxpoison.defenses.base import keep_batch
+from jaxpoison.filters import ContaminationWarning
+
+ONE = parallel.data_mesh(jax.devices()[:1])
+RECIPE = training.Recipe(
+    epochs=2, batch_size=8, learning_rate=0.05, milestones=(), max_shift=0.0, flip=False
+)
+
+
+class Body(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x))
+        return nn.relu(x).mean((1, 2))
+
+
+MODEL = models.Classifier(Body(), num_features=4, num_classes=3)
+
+
+def coloured(num_examples, seed):
+    """Images in the colour of their class."""
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(num_examples) % 3).astype(np.int32)
+    images = 0.2 * rng.random((num_examples, 4, 4, 3)) + 0.6 * np.eye(3)[labels][:, None, None]
+    return Dataset(images.astype(np.float32), labels)
+
+
+CLEAN, TRUSTED = coloured(40, 0), coloured(15, 1)
+WRONG = np.array([3, 9, 17, 30])
+TRAIN = Dataset(CLEAN.images, np.where(np.isin(np.arange(40), WRONG), 2, CLEAN.labels))
+WRONG = np.flatnonzero(TRAIN.labels != CLEAN.labels)
+KEPT = np.flatnonzero(TRAIN.labels == CLEAN.labels)
+LEFT = Dataset(TRAIN.images[KEPT], TRAIN.labels[KEPT])
+EXTRACTOR = variables_of(MODEL, TRAIN.images[:2])
+
+
+def the_filter(**settings):
+    return characteristic_filter(MODEL, EXTRACTOR, TRUSTED, mesh=ONE, **settings)
+
+
+def fit(defense, train=TRAIN, report=None):
+    return training.fit(
+        MODEL, RECIPE, train, key=jax.random.key(0), defense=defense, mesh=ONE, report=report
+    )
+
+
+def test_training_goes_on_without_what_the_filter_flags():
+    epochs = []
+    state = fit(the_filter(), report=lambda epoch, metrics: epochs.append(metrics))
+    want = fit(None, train=LEFT)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state.params, want.params
+    )
+    assert epochs[0]["flagged"] == len(WRONG)
+    np.testing.assert_array_equal(np.flatnonzero(epochs[0]["chosen"]), WRONG)
+    assert "chosen" not in epochs[1] and "flagged" not in epochs[1]
+
+
+def test_hint_after_the_filter_sees_what_is_left():
+    config = HintConfig(ratio=0.25, beta=0.1, gamma=0.5, schedule=(1,))
+    assert len(LEFT.labels) * 0.25 != len(TRAIN.labels) * 0.25
+
+    def run(defense, train):
+        chosen = []
+
+        def report(epoch, metrics):
+            if epoch == 1:
+                chosen.append(np.flatnonzero(metrics["chosen"]))
+
+        return fit(defense, train, report), chosen[0]
+
+    noise = hint(MODEL, TRUSTED, config, mesh=ONE)
+    state, chosen = run(chain(the_filter(), noise), TRAIN)
+    want, among_the_rest = run(noise, LEFT)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.params, want.params
+    )
+    np.testing.assert_array_equal(chosen, KEPT[among_the_rest])  # told of the set as collected
+
+
+def test_a_chain_of_chains_keeps_what_all_of_them_keep():
+    def dropping(name):
+        """Drops for good the first of what it is given, and singles out the second."""
+
+        def on_epoch(state, epoch, train_state, dataset):
+            size = len(dataset.labels)
+            return (
+                state,
+                Dataset(dataset.images[1:], dataset.labels[1:]),
+                {"chosen": np.arange(size) == 1, name: float(size)},
+            )
+
+        return Defense(
+            lambda key, dataset: jnp.float32(len(dataset.labels)),
+            on_epoch,
+            keep_batch,
+            lambda state, num_examples: np.arange(num_examples) > 0,
+        )
+
+    defense = chain(dropping("a"), chain(none(), dropping("b")), dropping("c"))
+    state = defense.init(jax.random.key(0), TRAIN)
+    sizes = [float(leaf) for leaf in jax.tree.leaves(state)]
+    assert sizes == [40, 39, 38]  # what each was given
+    _, dataset, info = defense.on_epoch(state, 0, None, TRAIN)
+    np.testing.assert_array_equal(dataset.labels, TRAIN.labels[3:])
+    assert np.flatnonzero(info.pop("chosen")).tolist() == [3]  # of the last, among all 40
+    assert info == {"a": 40, "b": 39, "c": 38}
+    np.testing.assert_array_equal(np.flatnonzero(defense.keep(state, 40)), np.arange(3, 40))
+
+
+def test_settings_reach_the_filter_and_the_warning_the_user():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ContaminationWarning)
+        assert not np.all(the_filter().init(jax.random.key(0), TRAIN))
+        tolerant = the_filter(margin=10.0, metric="l2").init(jax.random.key(0), TRAIN)
+        assert np.all(tolerant)
+    alone = characteristic_filter(MODEL, EXTRACTOR, mesh=ONE)
+    with pytest.warns(ContaminationWarning, match="computed from the data that is filtered"):
+        kept = alone.init(jax.random.key(0), TRAIN)
+    with pytest.warns(ContaminationWarning):
+        model = filters.CharacteristicVectorFilter(MODEL, EXTRACTOR, mesh=ONE)
+        want = model.fit_filter(*TRAIN).keep_mask
+    np.testing.assert_array_equal(kept, want)
+
+
+def test_bad_sets():
+    with pytest.raises(ValueError, match="trusted set: images have shape"):
+        characteristic_filter(MODEL, EXTRACTOR, Dataset(TRUSTED.images[0], TRUSTED.labels))
+    with pytest.raises(ValueError, match="training set: labels are int64"):
+        the_filter().init(jax.random.key(0), TRAIN._replace(labels=TRAIN.labels.astype(np.int64)))
+    few = Dataset(*(array[TRUSTED.labels > 0] for array in TRUSTED))
+    with pytest.raises(ValueError, match=r"no centroids for the labels \[0\]"):
+        characteristic_filter(MODEL, EXTRACTOR, few, mesh=ONE).init(jax.random.key(0), TRAIN)
