@@ -46,7 +46,8 @@ def transfer_outcome(
 ) -> Outcome:
     """Returns what a victim's head, trained on each poisoned set, says of its target.
 
-    Images that several sets share, as they share the clean ones, pass the extractor once.
+    Images that several sets share, as they share the clean ones, pass the extractor once. So to
+    compare filters, give every set once for each filter, and `keep` to match, in a single call.
 
     Args:
       key: PRNG key; a head's own follows from it and the id of the target, so that sets with the

@@ -6,7 +6,9 @@ be put under `vmap`, over poisoned sets or over seeds.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Hashable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +51,7 @@ def features(model: Classifier, variables: Any, images: Any, *, batch_size: int 
       batch_size: most images in one pass.
     """
     mesh = parallel.data_mesh()
-
-    def extract(variables, images):
-        return model.apply(variables, to_float(images), method="features")
-
-    run = loops.map_batches(extract, batch_size=batch_size, mesh=mesh)
+    run = _extractor(cast(Hashable, model), batch_size, mesh)
     return run(parallel.replicate(variables, mesh), parallel.replicate(jnp.asarray(images), mesh))
 
 
@@ -132,3 +130,11 @@ def fit_head(
 def with_head(variables: Any, head: Any) -> Any:
     """Returns a network's variables with another head."""
     return {**variables, "params": {**variables["params"], "head": head}}
+
+
+@functools.lru_cache(maxsize=16)  # a function of its own would be compiled anew at each call
+def _extractor(model, batch_size, mesh):
+    def extract(variables, images):
+        return model.apply(variables, to_float(images), method="features")
+
+    return loops.map_batches(extract, batch_size=batch_size, mesh=mesh)
