@@ -14,8 +14,8 @@ LINTERS := $(VENV)/.installed-$(notdir $(PYTHON))-lint
 
 # glibc returns large blocks to the kernel when they are freed, and every training step on CPU then
 # faults the same pages in again. Kept, a step takes about 15 % less time. No effect elsewhere.
-demo demo-mnist: export MALLOC_MMAP_MAX_ = 0
-demo demo-mnist: export MALLOC_TRIM_THRESHOLD_ = 100000000000
+demo demo-mnist bench: export MALLOC_MMAP_MAX_ = 0
+demo demo-mnist bench: export MALLOC_TRIM_THRESHOLD_ = 100000000000
 
 .PHONY: demo demo-mnist test lint bench clean
 
@@ -33,7 +33,13 @@ lint: $(LINTERS)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The short set. benchmarks/README.md has the whole one, and how to measure PyTorch's libraries too.
 bench: $(INSTALLED)
+	$(BIN)/python benchmarks/hvp.py --batches 128 --rounds 5
+	$(BIN)/python benchmarks/ihvp.py --rounds 3
+	$(BIN)/python benchmarks/influence.py --rounds 5
+	$(BIN)/python benchmarks/scaling.py --rounds 3 --only examples --examples 1000 4000 16000
+	$(BIN)/python benchmarks/hint_selection.py --networks mnist --examples 5000
 	$(BIN)/python benchmarks/hint_overhead.py
 
 clean:

@@ -4,9 +4,12 @@ A `Contender` is one way to do one piece of work. `race` runs all contenders of 
 the other, round after round, a product of large matrices among them, so that all see the same
 machine; what is reported are medians over rounds, ratios within rounds, and arithmetic as a
 fraction of the matrix product's.
+
+  python benchmarks/measure.py benchmarks/results/hvp.json    # prints the tables of results files
 """
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -150,18 +153,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def finish(script: str, options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Prints the table of `race`'s rows, and writes the results file if one is asked for."""
-    settings = {name: value for name, value in vars(options).items() if name not in {"out"}}
+    paths = {"out", "peers_python"}  # of this machine
+    settings = {name: value for name, value in vars(options).items() if name not in paths}
     environment = run.environment() | {
         "allocator": {name: os.environ.get(name) for name in ALLOCATOR}
     }
     result = {"script": script, "settings": settings, **result, "environment": environment}
+    show(result)
+    if options.out:
+        run.write_json(options.out, result)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the content of a results file."""
+    environment = result["environment"]
     print(
-        f"\n{environment['device']}, {environment['cpu_cores']} cores, "
+        f"\n{result['script']}: {environment['device']}, {environment['cpu_cores']} cores, "
         f"JAX {environment['versions']['jax']}; limit: {result['limit_gflops']:.0f} GFLOP/s"
     )
     print(table(result["rows"]), flush=True)
-    if options.out:
-        run.write_json(options.out, result)
+    for name, slope in result.get("slopes", {}).items():
+        print(f"slope of {name}: {slope:.2f}")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -216,3 +228,8 @@ def _matrix_product(dtype: str) -> Contender:
 
 def _short(value):
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        show(json.loads(Path(path).read_text()))

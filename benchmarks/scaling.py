@@ -75,8 +75,6 @@ def main() -> None:
         slopes |= slopes_of(kind, sizes[kind], points)
     result = {"limit_gflops": float(np.median(limits)), "rows": rows, "slopes": slopes}
     measure.finish("scaling.py", options, result)
-    for name, slope in slopes.items():
-        print(f"slope of {name}: {slope:.2f}")
 
 
 def in_new_process(point: dict[str, int], options: argparse.Namespace) -> dict:
