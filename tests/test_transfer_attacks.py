@@ -676,7 +676,7 @@ def test_poisons_of_real_images_work_on_a_trained_extractor(tmp_path):
     model = models.Classifier(body, num_features=64, mean=(0.5,), std=(0.25,))
     recipe = training.Recipe(epochs=6, batch_size=128, max_shift=0, flip=False, milestones=(5,))
     state = training.fit(model, recipe, pretrain, key=jax.random.key(0), mesh=ONE_DEVICE)
-    variables = state.variables
+    variables = jax.device_get(state.variables)
     features = training.features(model, variables, train.images)
     head = training.fit_head(jax.random.key(1), features, jnp.asarray(train.labels), num_classes=10)
     victim = attacks.Victim(model, training.with_head(variables, head))
