@@ -78,7 +78,8 @@ def relative_error(got, want):
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 1))])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3, 8])
+@jax.enable_x64(True)
 def test_patches_form_of_the_convolution_equals_xla(monkeypatch, channels, strides, padding):
     monkeypatch.setattr(loops, "steps_from_host", lambda: True)
     keys = jax.random.split(jax.random.key(channels), 4)
@@ -99,32 +100,34 @@ def test_patches_form_of_the_convolution_equals_xla(monkeypatch, channels, strid
 
     ours, xla = outputs(layers.conv_general_dilated), outputs(jax.lax.conv_general_dilated)
     assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, xla)
-    assert relative_error(ours, xla) < 2e-6
+    assert relative_error(ours, xla) < 1e-12
 
 
 @pytest.mark.parametrize(
-    ("from_host", "channels", "change", "is_xla"),
+    ("from_host", "channels", "stride", "change", "is_xla"),
     [
-        (True, 3, {}, False),
-        (False, 3, {}, True),
-        (True, 4, {}, True),
-        (True, 3, {"rhs_dilation": (2, 2)}, True),
-        (True, 3, {"feature_group_count": 3}, True),
+        (True, 3, 1, {}, False),
+        (False, 3, 1, {}, True),
+        (True, 4, 1, {}, True),
+        (True, 4, 2, {}, False),
+        (False, 4, 2, {}, True),
+        (True, 3, 1, {"rhs_dilation": (2, 2)}, True),
+        (True, 3, 1, {"feature_group_count": 3}, True),
     ],
 )
-def test_patches_form_is_used_for_few_channels_on_cpu_only(
-    monkeypatch, from_host, channels, change, is_xla
+def test_patches_form_is_used_for_few_channels_or_copies_on_cpu_only(
+    monkeypatch, from_host, channels, stride, change, is_xla
 ):
     monkeypatch.setattr(loops, "steps_from_host", lambda: from_host)
     kernel = jnp.ones((3, 3, channels // change.get("feature_group_count", 1), 6))
     settings = DILATION | LAYOUT | change
 
     def convolve(x):
-        return layers.conv_general_dilated(x, kernel, (1, 1), "SAME", **settings)
+        return layers.conv_general_dilated(x, kernel, (stride, stride), "SAME", **settings)
 
     images = pixels(1, 6, 6, channels)
     assert ("conv_general_dilated" in str(jax.make_jaxpr(convolve)(images))) == is_xla
-    want = jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", **settings)
+    want = jax.lax.conv_general_dilated(images, kernel, (stride, stride), "SAME", **settings)
     np.testing.assert_allclose(convolve(images), want, rtol=1e-5)
 
 
