@@ -240,8 +240,8 @@ def test_layers_that_were_compiled_before_are_measured_nevertheless():  # T9
 def test_layers_that_a_stale_compilation_hides_are_an_error(monkeypatch):  # T9
     model, x = Convolutional("jit"), images(2)
     variables = variables_of(model, x)
-    monkeypatch.setattr(extraction, "_trace_numbers", itertools.repeat(0))
-    model.apply(variables, x, mutable=["characteristic_0"])  # as if it had been seen before
+    monkeypatch.setattr(extraction, "_trace_numbers", itertools.repeat("stale"))
+    model.apply(variables, x, mutable=["characteristic_stale"])  # as if it had been seen before
     with pytest.raises(ValueError, match="was compiled before the extraction"):
         filters.extract_charvec(model, variables, x)
 
