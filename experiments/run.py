@@ -5,6 +5,7 @@ Of several processes, the main one alone writes, reads and prints; see `jaxpoiso
 config.json     the configuration, written first; another one in the same folder is an error
 metrics.jsonl   one line per epoch of each cell; lines after a resumed checkpoint are replaced
 cells/          one JSON per finished cell, so that running again does only what is missing
+compiled/       JAX's compilation cache, unless yours is set: cells differ in little
 result.json     everything that a table needs, with versions, device and commit
 """
 
@@ -40,6 +41,8 @@ class Run:
         parallel.on_all(lambda: self._compare(main_config))
         parallel.on_main(self._open)
         parallel.check_shared(self.folder)
+        if jax.config.jax_compilation_cache_dir is None:
+            jax.config.update("jax_compilation_cache_dir", str(self.folder.absolute() / "compiled"))
 
     def _compare(self, main_config):
         differing = [name for name in self.config if self.config[name] != main_config[name]]

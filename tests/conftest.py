@@ -1,9 +1,16 @@
 """Settings of all tests: 8 virtual CPU devices, float32, and quick compilation where that pays."""
 
 import os
+import tempfile
 
-# Subprocesses inherit it. On a machine with a GPU, `JAX_PLATFORMS=cuda pytest` overrules it.
+# Subprocesses and pytest-xdist's workers inherit these. On a machine with a GPU,
+# `JAX_PLATFORMS=cuda pytest` overrules the first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What one process compiles, the others need not: half of what the programs under test take.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="jaxpoison-tests-")  # removed at exit
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import pytest
