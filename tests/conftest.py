@@ -30,6 +30,7 @@ COMPILE_BOUND = {
     "test_filters",
     "test_filters_rivals",
     "test_transfer_attacks",
+    "test_scratch_attacks",
 }
 
 

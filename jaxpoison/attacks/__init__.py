@@ -1,12 +1,16 @@
 """Attacks on training sets: functions from clean images to poisoned ones, and sets of poisons."""
 
+from jaxpoison.attacks.gradient_matching import gradient_matching as gradient_matching
 from jaxpoison.attacks.poisoned import PoisonedDataset as PoisonedDataset
 from jaxpoison.attacks.poisoned import Target as Target
 from jaxpoison.attacks.poisoned import load as load
 from jaxpoison.attacks.poisoned import mixture as mixture
 from jaxpoison.attacks.poisoned import save as save
 from jaxpoison.attacks.success import Outcome as Outcome
+from jaxpoison.attacks.success import ScratchOutcome as ScratchOutcome
+from jaxpoison.attacks.success import scratch_outcome as scratch_outcome
 from jaxpoison.attacks.success import transfer_outcome as transfer_outcome
+from jaxpoison.attacks.success import wilson as wilson
 from jaxpoison.attacks.targeted import Crafted as Crafted
 from jaxpoison.attacks.targeted import TargetedAttack as TargetedAttack
 from jaxpoison.attacks.targeted import Trials as Trials

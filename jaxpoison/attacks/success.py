@@ -1,21 +1,27 @@
-"""Whether a targeted poison works: a head trained on the poisoned features, asked for the target.
+"""Whether a targeted poison works: a victim trained on the poisoned set, asked for the target.
 
-The victim of the filter's paper (arXiv 2403.13523) and of the polytope attacks: the extractor is
-frozen, the head is trained from new initial values, and the attack succeeds if the target is
-classified as the base class. Any other error is a failed attack.
+The attack succeeds if the target is classified as the base class; any other error is a failed
+attack. The victim is a new head on a frozen extractor, as in the filter's paper (arXiv 2403.13523)
+and with the polytope attacks (`transfer_outcome`), or a whole network trained from new initial
+weights, as in HINT's (arXiv 2309.08549) (`scratch_outcome`).
 """
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpoison.attacks.poisoned import PoisonedDataset
+from jaxpoison import parallel
+from jaxpoison.attacks.poisoned import PoisonedDataset, Target
 from jaxpoison.attacks.untargeted import Victim
-from jaxpoison.data import Dataset, check
-from jaxpoison.training import heads
+from jaxpoison.data import Dataset, check, to_float
+from jaxpoison.defenses.base import Defense, none
+from jaxpoison.models import Classifier
+from jaxpoison.training import Recipe, evaluation, fit, heads
 from jaxpoison.training.heads import HEAD, HeadRecipe
 
 
@@ -33,6 +39,103 @@ class Outcome(NamedTuple):
     success: np.ndarray
     accuracy: np.ndarray
     head: dict[str, np.ndarray]
+
+
+class ScratchOutcome(NamedTuple):
+    """What became of T trials, each with a network of its own.
+
+    Attributes:
+      prediction: int32 [T], the class that the target is given (its first view).
+      success: bool [T], whether that is the base class.
+      confidence: float32 [T], the probability that the network gives to the base class.
+      accuracy: float32 [T], on the test set.
+    """
+
+    prediction: np.ndarray
+    success: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The Wilson interval of the rate of success, at 95 %."""
+        return wilson(int(self.success.sum()), len(self.success))
+
+
+def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Returns the score interval of a rate, in [0, 1] (Wilson 1927).
+
+    Args:
+      successes: 0 to `trials`.
+      trials: at least 1.
+      z: half its width in standard deviations; 1.96 is 95 %.
+
+    Raises:
+      ValueError: for counts that are none.
+    """
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(f"{successes} successes in {trials} trials is no rate")
+    rate, share = successes / trials, z**2 / trials
+    middle = (rate + share / 2) / (1 + share)
+    half = math.sqrt(rate * (1 - rate) * share + share**2 / 4) / (1 + share)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def scratch_outcome(
+    key: jax.Array,
+    model: Classifier,
+    recipe: Recipe,
+    poisoned: Sequence[PoisonedDataset],
+    test: Dataset,
+    *,
+    defense: Defense | None = None,
+    report: Callable[[int, int, dict], None] | None = None,
+) -> ScratchOutcome:
+    """Returns what networks trained on the poisoned sets, each from new weights, say of the target.
+
+    One after another, by `training.fit`. The key must be none that a surrogate was trained with.
+
+    Args:
+      key: PRNG key; a victim's own follows from it and the id of the target, so that two defences
+        are compared with the same initial weights and the same order of the examples.
+      model: the victims' network.
+      recipe: how they are trained.
+      poisoned: T sets, each with its target.
+      test: clean test images.
+      defense: what the victims do against poisons; default nothing. Its state begins anew with
+        each victim.
+      report: called after each epoch as `report(trial, epoch, metrics)`.
+
+    Raises:
+      ValueError: for no sets, a set without a target, bad images or labels, or a batch size that
+        does not fit. DivergedError: if a training loss is not finite.
+    """
+    targets = _checked(poisoned, test, model.num_classes)
+    defense = none() if defense is None else defense
+    mesh = parallel.data_mesh()
+    predict = evaluation.evaluator(model, mesh=mesh)
+    answers = []
+    for trial, (one, target) in enumerate(zip(poisoned, targets, strict=True)):
+        state = fit(
+            model,
+            recipe,
+            one.dataset,
+            key=jax.random.fold_in(key, target.target_id),
+            defense=defense,
+            report=None if report is None else functools.partial(report, trial),
+        )
+        logits = model.apply(state.variables, to_float(target.images[:1]))
+        confidence = jax.nn.softmax(jnp.asarray(logits)[0])
+        accuracy = evaluation.accuracy(predict, state.variables, test)
+        answers.append((int(confidence.argmax()), float(confidence[target.base_label]), accuracy))
+    prediction, confidence, accuracy = map(np.array, zip(*answers, strict=True))
+    success = prediction == np.array([target.base_label for target in targets])
+    return ScratchOutcome(
+        prediction.astype(np.int32),
+        success,
+        confidence.astype(np.float32),
+        accuracy.astype(np.float32),
+    )
 
 
 def transfer_outcome(
@@ -63,19 +166,14 @@ def transfer_outcome(
         labels, or a `keep` of another shape.
     """
     num_classes = victim.model.num_classes
-    if not poisoned:
-        raise ValueError("there is no poisoned set to judge")
-    check(test, num_classes, "test set")
+    targets = _checked(poisoned, test, num_classes)
     shape = poisoned[0].images.shape
     for trial, one in enumerate(poisoned):
-        if one.target is None:
-            raise ValueError(f"poisoned set {trial} has no target: it is not of a targeted attack")
         if one.images.shape != shape or one.images.dtype != poisoned[0].images.dtype:
             raise ValueError(
                 f"poisoned set {trial} has {one.images.dtype} images {one.images.shape}, set 0 has "
                 f"{poisoned[0].images.dtype} {shape}: judge different kinds of sets one by one"
             )
-        check(one.dataset, num_classes, f"poisoned set {trial}")
     keep = np.ones((len(poisoned), shape[0]), bool) if keep is None else np.asarray(keep)
     if keep.shape != (len(poisoned), shape[0]) or keep.dtype != bool:
         raise ValueError(
@@ -83,7 +181,6 @@ def transfer_outcome(
         )
 
     images, places = _distinct([one.images for one in poisoned])
-    targets = [one.target for one in poisoned if one.target is not None]
     train_features, test_features, target_features = (
         heads.features(victim.model, victim.variables, part)
         for part in (images, test.images, np.stack([target.images[0] for target in targets]))
@@ -114,6 +211,20 @@ def transfer_outcome(
     prediction = np.asarray(prediction, np.int32)
     success = prediction == np.array([target.base_label for target in targets])
     return Outcome(prediction, success, np.asarray(accuracy), jax.tree.map(np.asarray, head))
+
+
+def _checked(poisoned: Sequence[PoisonedDataset], test: Dataset, num_classes: int) -> list[Target]:
+    """Returns the targets of the sets; raises a ValueError where a set cannot be judged."""
+    if not poisoned:
+        raise ValueError("there is no poisoned set to judge")
+    check(test, num_classes, "test set")
+    targets = []
+    for trial, one in enumerate(poisoned):
+        if one.target is None:
+            raise ValueError(f"poisoned set {trial} has no target: it is not of a targeted attack")
+        check(one.dataset, num_classes, f"poisoned set {trial}")
+        targets.append(one.target)
+    return targets
 
 
 def _distinct(sets: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -23,6 +23,7 @@ import optax
 
 from jaxpoison import loops, parallel
 from jaxpoison.attacks import feature_space
+from jaxpoison.attacks.descent import check_positive, normal_start, projection, signed_adam
 from jaxpoison.attacks.feature_space import View
 from jaxpoison.attacks.targeted import Crafted, TargetedAttack, TargetedCraftFn
 from jaxpoison.attacks.untargeted import check_epsilon
@@ -81,7 +82,7 @@ def feature_collision(
     check_epsilon(epsilon)
     _check_share("watermark", watermark)
     _check_share("shrink", shrink)
-    _check_positive(step=step, num_steps=num_steps)
+    check_positive(step=step, num_steps=num_steps)
     _check_draws(draws)
 
     def start(key, bases, target):
@@ -132,7 +133,7 @@ def bullseye_polytope(
       batch_size: poisons crafted at once, in whole trials and at least one.
     """
     check_epsilon(epsilon)
-    _check_positive(learning_rate=learning_rate, num_steps=num_steps)
+    check_positive(learning_rate=learning_rate, num_steps=num_steps)
     _check_draws(draws)
     method = _Method(
         start=_at_the_bases,
@@ -180,7 +181,7 @@ def convex_polytope(
       batch_size: poisons crafted at once, in whole trials and at least one.
     """
     check_epsilon(epsilon)
-    _check_positive(learning_rate=learning_rate, num_steps=num_steps, tolerance=tolerance)
+    check_positive(learning_rate=learning_rate, num_steps=num_steps, tolerance=tolerance)
     _check_draws(draws)
 
     def memory(num_poisons, num_substitutes):
@@ -323,24 +324,14 @@ def _toolkit(
     name, objective, epsilon, num_steps, learning_rate, restarts, draws, batch_size
 ) -> TargetedAttack:
     check_epsilon(epsilon)
-    _check_positive(learning_rate=learning_rate, num_steps=num_steps, restarts=restarts)
+    check_positive(learning_rate=learning_rate, num_steps=num_steps, restarts=restarts)
     _check_draws(draws)
 
-    def start(key, bases, target):
-        noise = epsilon * jax.random.normal(key, bases.shape)
-        return bases + jnp.clip(noise, -epsilon, epsilon)
-
-    def optimizer(num_substitutes):
-        cuts = {num_steps * part // 8: 0.1 for part in (3, 5, 7) if num_steps * part // 8}
-        rate = optax.piecewise_constant_schedule(learning_rate / num_substitutes, cuts)
-        sign = optax.stateless(lambda updates, _: jax.tree.map(jnp.sign, updates))
-        return optax.chain(sign, optax.adam(rate))
-
     method = _Method(
-        start=start,
+        start=lambda key, bases, target: normal_start(key, bases, epsilon),
         objective=lambda views, memory: (objective(views), memory),
         memory=_no_memory,
-        descent=_adam(optimizer),
+        descent=_adam(lambda number: signed_adam(learning_rate / number, num_steps)),
         num_steps=num_steps,
         draws=draws,
         restarts=restarts,
@@ -419,7 +410,7 @@ def _cautious_descent(step, shrink, similarity) -> Callable[[int], _Descent]:
 
 def _crafting(method: _Method, epsilon: float, batch_size: int) -> TargetedCraftFn:
     """Returns the `TargetedCraftFn` that runs `method` on groups of trials."""
-    _check_positive(batch_size=batch_size)
+    check_positive(batch_size=batch_size)
     compiled = functools.cache(lambda models: _compiled(method, models, epsilon))
 
     def craft(keys, substitutes, bases, base_labels, targets, progress=None):
@@ -472,7 +463,7 @@ def _compiled(method: _Method, models, epsilon):
     def begin_one(variables, trial, restart):
         key = jax.random.fold_in(trial.key, restart)
         start_key, step_key = jax.random.split(key)
-        project = _projection(trial.bases, epsilon)
+        project = projection(trial.bases, epsilon)
         poisons = project(method.start(start_key, trial.bases, trial.targets.mean(axis=0)))
         # The target's feature is that of the network without dropout, nearly the mean over masks;
         # the authors' codes draw one mask for it.
@@ -506,7 +497,7 @@ def _compiled(method: _Method, models, epsilon):
 
         (value, (values, memory)), gradient = jax.value_and_grad(loss, has_aux=True)(poisons)
         state, poisons = descent.update(
-            state, poisons, values, gradient, trial.bases, _projection(trial.bases, epsilon),
+            state, poisons, values, gradient, trial.bases, projection(trial.bases, epsilon),
             jnp.asarray(models[0].std),
         )  # fmt: skip
         return (poisons, state, memory), value
@@ -520,12 +511,6 @@ def _compiled(method: _Method, models, epsilon):
         return jax.vmap(descent.result)(state, poisons)
 
     return jax.jit(begin), loops.scan(step), jax.jit(finish)
-
-
-def _projection(bases, epsilon):
-    low = jnp.maximum(bases - epsilon, 0.0)
-    high = jnp.minimum(bases + epsilon, 1.0)
-    return lambda poisons: jnp.clip(poisons, low, high)
 
 
 def _features(model, variables, images, **options):
@@ -554,12 +539,6 @@ def _lower(one, other):
     better = other[1][-1] < one[1][-1]
     images = jnp.where(better[:, None, None, None, None], other[0], one[0])
     return images, jnp.where(better, other[1], one[1])
-
-
-def _check_positive(**values):
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, not {value}")
 
 
 def _check_share(name, value):

@@ -1,0 +1,333 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from jaxpoison import attacks, models, training
+from jaxpoison.attacks.gradient_matching import mismatch
+from jaxpoison.data import Dataset, load_embedded
+from jaxpoison.defenses import Defense
+from jaxpoison.defenses.base import keep_batch
+
+EPSILON = 0.1  # 25.5 of 255: no whole number, so that plain rounding would break it
+NUM_CLASSES = 4
+
+
+class Body(nn.Module):
+    width: int = 6
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = models.layers.Conv(self.width, (3, 3), 2, 1, use_bias=False)(x)
+        x = models.layers.BatchNorm(use_running_average=not train)(x)
+        return nn.relu(x).reshape(len(x), -1)
+
+
+MODEL = models.Classifier(
+    Body(), num_features=96, num_classes=NUM_CLASSES, mean=(0.5,), std=(0.25,)
+)
+PLAIN = training.Recipe(
+    epochs=4, batch_size=16, learning_rate=0.02, milestones=(), max_shift=0.0, flip=False
+)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Spreading such small work over eight devices would be most of its cost; one test does it."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: first)
+
+
+@functools.cache
+def real(part="train"):
+    """8x8 crops of real images of four classes."""
+    images, labels = getattr(load_embedded("cifar10"), part)
+    rows = np.flatnonzero(labels < NUM_CLASSES)[:96]
+    return Dataset(images[rows, 12:20, 12:20], labels[rows])
+
+
+def network(seed=0):
+    return attacks.Victim(MODEL, MODEL.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 3))))
+
+
+def trials(num_trials=2, num_poisons=6):
+    return attacks.draw_trials(
+        jax.random.key(0), real(), real("test"), num_trials=num_trials, num_poisons=num_poisons
+    )
+
+
+def one_trial(index):
+    return attacks.Trials(*(leaf[index : index + 1] for leaf in trials()))
+
+
+def unit(images):
+    return jnp.asarray(images, jnp.float32) / 255
+
+
+def check_poisons(sets, drawn, epsilon, least=5):
+    """Asserts what every clean-label attack owes: rows, labels, the budget in 8 bits, movement."""
+    for one, rows in zip(sets, drawn.rows, strict=True):
+        assert one.images.dtype == np.uint8
+        np.testing.assert_array_equal(np.flatnonzero(one.is_poisoned), rows)
+        np.testing.assert_array_equal(one.labels, real().labels)
+        change = np.abs(one.images.astype(int) - real().images)
+        assert change.max() <= 255 * epsilon + 1e-3
+        assert np.all(change[rows].max(axis=(1, 2, 3)) >= least)
+        assert not change[~one.is_poisoned].any()
+
+
+# Gradient matching
+
+MATCHING = attacks.gradient_matching(
+    epsilon=EPSILON, num_steps=20, restarts=2, max_shift=0.0, flip=False
+)
+
+
+def match(attack=MATCHING, drawn=None, seed=1, substitutes=1):
+    return attacks.poison(
+        jax.random.key(seed),
+        real(),
+        trials() if drawn is None else drawn,
+        attack,
+        [network(seed) for seed in range(substitutes)],
+    )
+
+
+@functools.cache
+def matched():
+    return match()
+
+
+def smooth_loss(params, images, labels):
+    hidden = jnp.tanh(images.reshape(len(images), -1) @ params["first"])
+    logits = hidden @ params["second"]
+    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def test_mismatch_agrees_with_finite_differences_and_batches_do_not_matter():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        params = {"first": rng.normal(size=(12, 5)), "second": rng.normal(size=(5, 3))}
+        wanted = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
+        params = jax.tree.map(jnp.asarray, params)
+        images = jnp.asarray(rng.normal(size=(6, 2, 2, 3)))
+        labels = jnp.asarray([0, 1, 2, 1, 0, 1])
+        run = jax.jit(functools.partial(mismatch, smooth_loss))
+
+        value, gradient = run(params, wanted, images[None], labels[None])
+        g = jax.grad(smooth_loss)(params, images, labels)
+        flat, flat_wanted = (ravel_pytree(tree)[0] for tree in (g, wanted))
+        cosine = flat @ flat_wanted / jnp.linalg.norm(flat) / jnp.linalg.norm(flat_wanted)
+        np.testing.assert_allclose(value, 1 - cosine, rtol=1e-12)
+        direction = jnp.asarray(rng.normal(size=images.shape))
+        ahead, behind = (
+            run(params, wanted, (images + step * direction)[None], labels[None])[0]
+            for step in (1e-5, -1e-5)
+        )
+        slope = jnp.vdot(gradient[0], direction)
+        np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-6)
+
+        batches = run(params, wanted, images.reshape(3, 2, 2, 2, 3), labels.reshape(3, 2))
+        np.testing.assert_allclose(batches[0], value, rtol=1e-12)
+        np.testing.assert_allclose(batches[1].reshape(images.shape), gradient[0], rtol=1e-9)
+
+
+def test_a_step_of_matching_is_that_of_the_gradient_of_a_gradient():
+    drawn = trials()
+    bases, targets = unit(real().images[drawn.rows]), unit(drawn.targets)
+    keys = jax.random.split(jax.random.key(0), 2)
+    victims = [network(0), network(1)]
+
+    def craft(rate):
+        attack = attacks.gradient_matching(
+            epsilon=EPSILON, num_steps=1, restarts=1, learning_rate=rate, max_shift=0.0, flip=False,
+            batch_size=4,
+        )  # fmt: skip
+        return attack.craft(keys, victims, bases, jnp.asarray(drawn.base_labels), targets)
+
+    start, moved = craft(1e-12), craft(0.01)
+    assert 0.4 * EPSILON < jnp.std(start.images - bases) < EPSILON
+
+    def loss(params, batch_stats, images, label):
+        logits = MODEL.apply({"params": params, "batch_stats": batch_stats}, images)
+        labels = jnp.full(len(images), label)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+    def objective(images, trial):
+        values = []
+        for _, variables in victims:
+            rest = variables["params"], variables["batch_stats"]
+            g, wanted = (
+                ravel_pytree(jax.grad(loss)(*rest, x, drawn.base_labels[trial]))[0]
+                for x in (images, targets[trial])
+            )
+            values.append(1 - g @ wanted / jnp.linalg.norm(g) / jnp.linalg.norm(wanted))
+        return jnp.mean(jnp.stack(values))
+
+    for trial in range(2):
+        value, gradient = jax.jit(jax.value_and_grad(objective), static_argnums=1)(
+            start.images[trial], trial
+        )
+        np.testing.assert_allclose(moved.objective[0, trial], value, rtol=1e-4)
+        # A rate of 0.01 for two networks, in units of a standard deviation of 0.25.
+        want = start.images[trial] - 0.25 * 0.005 * jnp.sign(gradient)
+        want = jnp.clip(want, bases[trial] - EPSILON, bases[trial] + EPSILON)
+        large = jnp.abs(gradient) > 1e-6 * jnp.max(jnp.abs(gradient))
+        got = jnp.where(large, moved.images[trial], jnp.clip(want, 0, 1))
+        assert jnp.mean(large) > 0.9
+        np.testing.assert_allclose(got, jnp.clip(want, 0, 1), atol=1e-6)
+
+
+def test_matching_falls_within_the_budget_and_keeps_labels(tmp_path):
+    check_poisons(matched(), trials(), EPSILON)
+    for one in matched():
+        first, last = one.config["objective"]
+        assert last < 0.6 * first
+        attacks.save(tmp_path / "one.npz", one, as_uint8=True)
+        loaded = attacks.load(tmp_path / "one.npz", num_classes=NUM_CLASSES)
+        np.testing.assert_array_equal(loaded.images, one.images)
+        assert loaded.config == one.config
+        assert loaded.target[1:] == one.target[1:]
+
+
+def test_matching_follows_its_key_and_not_the_trials_beside_it():
+    alone = match(drawn=one_trial(1))[0]
+    np.testing.assert_array_equal(alone.images, matched()[1].images)
+    assert alone.config == matched()[1].config
+    other = match(drawn=one_trial(1), seed=2)[0]
+    assert np.mean(other.images != alone.images) > 0.02
+
+
+def test_more_starts_never_end_higher_and_progress_is_told():
+    once = attacks.gradient_matching(
+        epsilon=EPSILON, num_steps=20, restarts=1, max_shift=0.0, flip=False
+    )
+    told = []
+    sets = attacks.poison(
+        jax.random.key(1), real(), trials(), once, [network()],
+        progress=lambda *news: told.append(news),
+    )  # fmt: skip
+    for few, many in zip(sets, matched(), strict=True):
+        assert many.config["objective"][1] <= few.config["objective"][1]
+    assert told == [("gradient_matching", 6, 12), ("gradient_matching", 12, 12)]
+
+
+def test_matching_under_augmentation_on_all_devices(monkeypatch):
+    monkeypatch.undo()
+    assert len(jax.devices()) > 1  # six poisons are filled up to eight
+    attack = attacks.gradient_matching(epsilon=EPSILON, num_steps=4, restarts=1, max_shift=1.0)
+    drawn = one_trial(0)
+
+    def craft():
+        return attack.craft(
+            jax.random.split(jax.random.key(0), 1),
+            [network()],
+            unit(real().images[drawn.rows]),
+            jnp.asarray(drawn.base_labels),
+            unit(drawn.targets),
+        )
+
+    several = craft()
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: first)
+    alone = craft()
+    np.testing.assert_allclose(alone.objective[0], several.objective[0], rtol=1e-5)
+    assert jnp.mean(jnp.abs(alone.images - several.images) > 1e-4) < 0.02
+    still = attacks.gradient_matching(
+        epsilon=EPSILON, num_steps=3, restarts=1, max_shift=1.0, learning_rate=1e-12
+    )
+    (one,) = match(still, drawn)
+    first, last = one.config["objective"]
+    assert abs(last - first) > 1e-3  # the poisons stood still, the draws did not
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epsilon": 8.0}, "epsilon is in units"),
+        ({"num_steps": 0}, "num_steps must be above 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"restarts": 0}, "restarts must be above 0"),
+        ({"batch_size": 0}, "batch_size must be above 0"),
+        ({"max_shift": -1.0}, "max_shift must be at least 0"),
+    ],
+)
+def test_bad_settings_of_matching(settings, message):
+    with pytest.raises(ValueError, match=message):
+        attacks.gradient_matching(**{"epsilon": EPSILON, **settings})
+
+
+# Victims from scratch
+
+
+def planted():
+    """A set in which the target stands many times with the base label: an attack that works."""
+    drawn = trials(1, 20)
+    images = real().images.copy()
+    images[drawn.rows[0]] = drawn.targets[0]
+    target = attacks.Target(
+        drawn.targets[0],
+        int(drawn.target_labels[0]),
+        int(drawn.base_labels[0]),
+        int(drawn.target_ids[0]),
+    )
+    attack_id = np.isin(np.arange(len(images)), drawn.rows[0]).astype(np.int8)
+    config = {"attacks": [{"name": "planted"}]}
+    return attacks.PoisonedDataset(images, real().labels, attack_id, config, target)
+
+
+def test_a_planted_target_succeeds_unless_the_defence_removes_it():
+    def judge(*sets, **options):
+        return attacks.scratch_outcome(
+            jax.random.key(3), MODEL, PLAIN, sets, real("test"), **options
+        )
+
+    told = []
+    outcome = judge(planted(), report=lambda trial, epoch, metrics: told.append((trial, epoch)))
+    assert outcome.success.tolist() == [True]
+    assert outcome.prediction.tolist() == [planted().target.base_label]
+    assert outcome.confidence[0] > 0.5
+    assert outcome.interval == attacks.wilson(1, 1)
+    assert told == [(0, epoch) for epoch in range(4)]
+
+    restore = Defense(lambda key, dataset: (), lambda state, *rest: (state, real(), {}), keep_batch)
+    defended = judge(planted(), defense=restore)
+    assert not defended.success.any()
+    key = jax.random.fold_in(jax.random.key(3), planted().target.target_id)
+    state = training.fit(MODEL, PLAIN, real(), key=key)
+    logits = MODEL.apply(state.variables, unit(real("test").images))
+    accuracy = np.mean(np.argmax(logits, axis=1) == real("test").labels)
+    np.testing.assert_allclose(defended.accuracy[0], accuracy, atol=1e-6)
+    logits = MODEL.apply(state.variables, unit(planted().target.images))
+    want = jax.nn.softmax(logits)[0, planted().target.base_label]
+    np.testing.assert_allclose(defended.confidence[0], want, rtol=1e-4)
+
+
+def test_sets_that_cannot_be_judged():
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="no poisoned set"):
+        attacks.scratch_outcome(key, MODEL, PLAIN, [], real("test"))
+    with pytest.raises(ValueError, match="set 1 has no target"):
+        attacks.scratch_outcome(
+            key, MODEL, PLAIN, [planted(), planted()._replace(target=None)], real("test")
+        )
+
+
+def test_wilson_intervals():
+    for (successes, number), want in {
+        (0, 5): (0.0, 0.4345),
+        (5, 5): (0.5655, 1.0),
+        (10, 20): (0.2993, 0.7007),
+    }.items():
+        np.testing.assert_allclose(attacks.wilson(successes, number), want, atol=1e-4)
+    # Its ends are the rates p at which the found rate is just z standard deviations away.
+    for p in attacks.wilson(3, 17):
+        np.testing.assert_allclose(abs(3 / 17 - p) / np.sqrt(p * (1 - p) / 17), 1.96, rtol=1e-6)
+    for bad in ((-1, 3), (4, 3), (0, 0)):
+        with pytest.raises(ValueError, match="is no rate"):
+            attacks.wilson(*bad)
