@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxpoison import attacks, models, training
 from jaxpoison.attacks.gradient_matching import mismatch
+from jaxpoison.attacks.metapoison import RGB_FROM_YUV, margin, recolour, roughness, unrolled_loss
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import Defense
 from jaxpoison.defenses.base import keep_batch
@@ -260,6 +262,156 @@ def test_matching_under_augmentation_on_all_devices(monkeypatch):
 def test_bad_settings_of_matching(settings, message):
     with pytest.raises(ValueError, match=message):
         attacks.gradient_matching(**{"epsilon": EPSILON, **settings})
+
+
+# MetaPoison
+
+META = attacks.MetaPoisonConfig(
+    num_steps=6, rise=2, surrogates=2, lifetime=4, warm_up=1, batch_size=16, poisons_per_batch=3
+)
+
+
+@functools.cache
+def meta_attack(**changes):
+    config = dataclasses.replace(META, **changes)
+    return attacks.metapoison(real(), epsilon=EPSILON, config=config)
+
+
+def meta(drawn, seed=1, **changes):
+    attack = meta_attack(**changes)
+    return attacks.poison(jax.random.key(seed), real(), drawn, attack, [network()])
+
+
+@functools.cache
+def meta_poisoned():
+    return meta(trials())
+
+
+def normalising_network(params, images):
+    """A smooth network whose examples meet in batch statistics."""
+    hidden = images.reshape(len(images), -1) @ params["first"]
+    hidden = (hidden - hidden.mean(0)) / jnp.sqrt(hidden.var(0) + 0.1)
+    return jnp.tanh(hidden) @ params["second"]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_the_unrolled_gradient_is_the_slope_of_literal_retraining(num_steps):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(num_steps)
+        params = {"first": rng.normal(size=(12, 5)), "second": rng.normal(size=(5, 3))}
+        params = jax.tree.map(jnp.asarray, params)
+        images = jnp.asarray(rng.random((num_steps + 1, 6, 2, 2, 3)))
+        labels = jnp.asarray(rng.integers(0, 3, (num_steps + 1, 6)))
+        poisons, targets = (
+            jnp.asarray(rng.random((2, 2, 2, 3))),
+            jnp.asarray(rng.random((1, 2, 2, 3))),
+        )
+
+        def retrained(poisons):
+            """Trains step by step, and asks for the target after each step."""
+            weights, margins = params, []
+            for step in range(num_steps):
+                x = jnp.concatenate([poisons, images[step, 2:], targets[: min(step, 1)]])
+                y = jnp.concatenate([jnp.ones(2, int), labels[step, 2:]])
+
+                def loss(weights, x=x, y=y):
+                    logits = normalising_network(weights, x)[:6]
+                    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+                gradient = jax.jit(jax.grad(loss))(weights)
+                weights = jax.tree.map(lambda w, g: w - 0.3 * g, weights, gradient)
+                # Beside the images of the batch that comes next.
+                following = images[step + 1]
+                if step + 1 < num_steps:
+                    following = following.at[:2].set(poisons)
+                z = normalising_network(weights, jnp.concatenate([following, targets]))[-1]
+                margins.append(max(z[0], z[2]) - z[1])
+            return np.mean(margins)
+
+        def ours(poisons):
+            return unrolled_loss(
+                normalising_network, params, 0.3, images, labels, poisons, 1, targets
+            )
+
+        value, gradient = jax.jit(jax.value_and_grad(ours))(poisons)
+        np.testing.assert_allclose(value, retrained(poisons), rtol=1e-12)
+        direction = jnp.asarray(rng.normal(size=poisons.shape))
+        ahead, behind = (retrained(poisons + step * direction) for step in (1e-5, -1e-5))
+        slope = jnp.vdot(gradient, direction)
+        assert abs(slope) > 1e-4
+        np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-6)
+
+
+def test_the_margin_is_negative_where_the_target_is_taken_for_the_base_class():
+    logits = jnp.array([[1.0, 3.0, 2.0], [1.0, -1.0, 2.5], [-500.0, 0.0, -400.0]])
+    np.testing.assert_allclose(margin(logits, jnp.int32(1)), [-1.0, 3.5, -100.0])
+
+
+def test_metapoison_works_within_the_budget_and_follows_its_key():
+    check_poisons(meta_poisoned(), trials(), EPSILON)
+    # The same surrogates on the same batches, with poisons that stand still.
+    for one, still in zip(meta_poisoned(), meta(trials(), learning_rate=1e-9), strict=True):
+        assert one.config["objective"][0] == pytest.approx(still.config["objective"][0], rel=1e-4)
+        assert one.config["objective"][1] < still.config["objective"][1] - 0.01
+    alone = meta(one_trial(1))[0]
+    np.testing.assert_array_equal(alone.images, meta_poisoned()[1].images)
+    other = meta(one_trial(1), seed=2)[0]
+    assert np.mean(other.images != alone.images) > 0.02
+
+
+def test_metapoison_with_colours_stays_within_the_sum_of_both_budgets():
+    config = dataclasses.replace(META, num_steps=2, surrogates=1, colour=0.04, colour_points=4)
+    attack = attacks.metapoison(real(), epsilon=0.02, config=config)
+    assert 0.02 + 0.12 < attack.epsilon < 0.02 + 0.13
+    sets = attacks.poison(jax.random.key(1), real(), one_trial(0), attack, [network()])
+    check_poisons(sets, one_trial(0), attack.epsilon)
+    change = sets[0].images.astype(int) - real().images
+    assert np.abs(change).max() > 255 * 0.02 + 1  # beyond what the pixels' own budget allows
+
+
+def test_a_map_of_colours_moves_what_it_says():
+    image = unit(real().images[0])
+    np.testing.assert_array_equal(recolour(image, jnp.zeros((5, 5, 5, 3))), image)
+    shifted = recolour(image, jnp.zeros((5, 5, 5, 3)).at[..., 0].set(0.03))
+    np.testing.assert_allclose(shifted, image + 0.03, atol=1e-6)  # brightness alone
+    red = recolour(image, jnp.zeros((5, 5, 5, 3)).at[..., 2].set(0.03)) - image
+    np.testing.assert_allclose(
+        red, jnp.broadcast_to(0.03 * jnp.array([1.13983, -0.5806, 0.0]), red.shape), atol=1e-6
+    )
+    # What is linear in the colour, interpolation keeps: a tenth of the brightness.
+    brightness = jnp.linspace(0, 0.1, 5)[:, None, None]
+    slope = jnp.zeros((5, 5, 5, 3)).at[..., 0].set(jnp.broadcast_to(brightness, (5, 5, 5)))
+    luma = image @ jnp.linalg.inv(jnp.asarray(RGB_FROM_YUV))[0]
+    np.testing.assert_allclose(recolour(image, slope), image + 0.1 * luma[..., None], atol=1e-5)
+    assert roughness(jnp.full((2, 5, 5, 5, 3), 0.3)) == 0
+    np.testing.assert_allclose(roughness(slope), 25 * 4 * 0.025**2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unroll": 0}, "unroll must be above 0"),
+        ({"num_steps": 0}, "num_steps must be above 0"),
+        ({"surrogates": 0}, "surrogates must be above 0"),
+        ({"colour": -0.1}, "colour must be at least 0"),
+        ({"colour": 0.1, "colour_points": 1}, "colour_points must be at least 2"),
+        ({"poisons_per_batch": 16}, "room for clean images"),
+        ({"batch_size": 97}, "not be larger than the 96"),
+    ],
+)
+def test_bad_settings_of_metapoison(changes, message):
+    with pytest.raises(ValueError, match=message):
+        meta(one_trial(0), **changes)
+
+
+def test_metapoison_that_does_not_fit_the_data():
+    with pytest.raises(ValueError, match=r"6 poisons, 3 in a batch, need 2 batches; .* has 1"):
+        meta(one_trial(0), batch_size=96)
+    grey = Dataset(real().images[..., :1], real().labels)
+    with pytest.raises(ValueError, match="three channels"):
+        attacks.metapoison(grey, epsilon=0.1, config=dataclasses.replace(META, colour=0.04))
+    with pytest.raises(ValueError, match="epsilon is in units"):
+        attacks.metapoison(real(), epsilon=8)
 
 
 # Victims from scratch

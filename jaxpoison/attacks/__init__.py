@@ -1,6 +1,8 @@
 """Attacks on training sets: functions from clean images to poisoned ones, and sets of poisons."""
 
 from jaxpoison.attacks.gradient_matching import gradient_matching as gradient_matching
+from jaxpoison.attacks.metapoison import MetaPoisonConfig as MetaPoisonConfig
+from jaxpoison.attacks.metapoison import metapoison as metapoison
 from jaxpoison.attacks.poisoned import PoisonedDataset as PoisonedDataset
 from jaxpoison.attacks.poisoned import Target as Target
 from jaxpoison.attacks.poisoned import load as load
