@@ -9,12 +9,16 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from jaxpoison import attacks, models, training
+from jaxpoison import attacks, models, parallel, training
+from jaxpoison.attacks.deep_confuse import compiled, confusion, unet_for
+from jaxpoison.attacks.descent import normal_start, projection
 from jaxpoison.attacks.gradient_matching import mismatch
 from jaxpoison.attacks.metapoison import RGB_FROM_YUV, margin, recolour, roughness, unrolled_loss
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import Defense
 from jaxpoison.defenses.base import keep_batch
+from jaxpoison.models import unet
+from jaxpoison.training.fit import epoch_order
 
 EPSILON = 0.1  # 25.5 of 255: no whole number, so that plain rounding would break it
 NUM_CLASSES = 4
@@ -145,39 +149,37 @@ def test_a_step_of_matching_is_that_of_the_gradient_of_a_gradient():
     keys = jax.random.split(jax.random.key(0), 2)
     victims = [network(0), network(1)]
 
-    def craft(rate):
-        attack = attacks.gradient_matching(
-            epsilon=EPSILON, num_steps=1, restarts=1, learning_rate=rate, max_shift=0.0, flip=False,
-            batch_size=4,
-        )  # fmt: skip
-        return attack.craft(keys, victims, bases, jnp.asarray(drawn.base_labels), targets)
-
-    start, moved = craft(1e-12), craft(0.01)
-    assert 0.4 * EPSILON < jnp.std(start.images - bases) < EPSILON
+    attack = attacks.gradient_matching(
+        epsilon=EPSILON, num_steps=1, restarts=1, learning_rate=0.01, max_shift=0.0, flip=False,
+        batch_size=4,
+    )  # fmt: skip
+    moved = attack.craft(keys, victims, bases, jnp.asarray(drawn.base_labels), targets)
+    starts = []
+    for key, base in zip(keys, bases, strict=True):
+        start_key, _ = jax.random.split(jax.random.fold_in(key, 0))
+        starts.append(projection(base, EPSILON)(normal_start(start_key, base, EPSILON)))
+    assert 0.4 * EPSILON < jnp.std(jnp.stack(starts) - bases) < EPSILON
 
     def loss(params, batch_stats, images, label):
         logits = MODEL.apply({"params": params, "batch_stats": batch_stats}, images)
         labels = jnp.full(len(images), label)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
-    def objective(images, trial):
+    @jax.jit
+    @jax.value_and_grad
+    def objective(images, target, label):
         values = []
         for _, variables in victims:
             rest = variables["params"], variables["batch_stats"]
-            g, wanted = (
-                ravel_pytree(jax.grad(loss)(*rest, x, drawn.base_labels[trial]))[0]
-                for x in (images, targets[trial])
-            )
+            g, wanted = (ravel_pytree(jax.grad(loss)(*rest, x, label))[0] for x in (images, target))
             values.append(1 - g @ wanted / jnp.linalg.norm(g) / jnp.linalg.norm(wanted))
         return jnp.mean(jnp.stack(values))
 
     for trial in range(2):
-        value, gradient = jax.jit(jax.value_and_grad(objective), static_argnums=1)(
-            start.images[trial], trial
-        )
+        value, gradient = objective(starts[trial], targets[trial], drawn.base_labels[trial])
         np.testing.assert_allclose(moved.objective[0, trial], value, rtol=1e-4)
         # A rate of 0.01 for two networks, in units of a standard deviation of 0.25.
-        want = start.images[trial] - 0.25 * 0.005 * jnp.sign(gradient)
+        want = starts[trial] - 0.25 * 0.005 * jnp.sign(gradient)
         want = jnp.clip(want, bases[trial] - EPSILON, bases[trial] + EPSILON)
         large = jnp.abs(gradient) > 1e-6 * jnp.max(jnp.abs(gradient))
         got = jnp.where(large, moved.images[trial], jnp.clip(want, 0, 1))
@@ -412,6 +414,156 @@ def test_metapoison_that_does_not_fit_the_data():
         attacks.metapoison(grey, epsilon=0.1, config=dataclasses.replace(META, colour=0.04))
     with pytest.raises(ValueError, match="epsilon is in units"):
         attacks.metapoison(real(), epsilon=8)
+
+
+# DeepConfuse
+
+CONFUSE = attacks.DeepConfuseConfig(
+    trials=2, passes=2, batch_size=16, width=4, generator_rate=0.01, classifier_rate=0.1
+)
+
+
+def confuse(config=CONFUSE, seed=1, rows=slice(None)):
+    images, labels = unit(real().images[rows]), real().labels[rows]
+    attack = attacks.deep_confuse(epsilon=EPSILON, config=config)
+    return np.asarray(attack.craft(jax.random.key(seed), network(), images, labels))
+
+
+@functools.cache
+def confused():
+    return confuse()
+
+
+def test_the_generators_gradient_is_the_slope_of_the_loss_after_a_literal_step():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        params = {"first": rng.normal(size=(12, 5)), "second": rng.normal(size=(5, 3))}
+        params = jax.tree.map(jnp.asarray, params)
+        clean = jnp.asarray(rng.random((6, 2, 2, 3)))
+        poisoned = clean + 0.1 * jnp.asarray(rng.normal(size=clean.shape))
+        labels = jnp.asarray(rng.integers(0, 3, 6))
+        rule = optax.sgd(0.4)
+
+        @jax.jit
+        def literally(poisoned):
+            def loss(weights, images):
+                logits = normalising_network(weights, images)
+                return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+            updates, _ = rule.update(jax.grad(loss)(params, poisoned), rule.init(params))
+            return loss(optax.apply_updates(params, updates), clean)
+
+        value, gradient = jax.jit(
+            jax.value_and_grad(
+                lambda x: confusion(normalising_network, params, 0.4, x, clean, labels)
+            )
+        )(poisoned)
+        np.testing.assert_allclose(value, literally(poisoned), rtol=1e-12)
+        direction = jnp.asarray(rng.normal(size=clean.shape))
+        ahead, behind = (literally(poisoned + step * direction) for step in (1e-5, -1e-5))
+        slope = jnp.vdot(gradient, direction)
+        assert abs(slope) > 1e-4
+        np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-6)
+
+
+def test_the_replay_walks_the_trajectory_of_training_on_the_old_generators_images():
+    run = compiled(MODEL, (8, 8, 3), parallel.data_mesh(), EPSILON, CONFUSE)
+    key = jax.random.key(5)
+    clean = Dataset(unit(real().images), jnp.asarray(real().labels))
+    old = run.generator(key, clean.images[:1])
+    poisoned = Dataset(run.generate(old.variables, clean.images), clean.labels)
+    order = jnp.concatenate([epoch_order(key, number, 96, 16) for number in range(3)])
+
+    def replay(learning):
+        generator, classifier, harm = old, run.classifier(key), []
+        for rows in order:
+            carry = jax.tree.map(jnp.array, generator), classifier
+            (moved, classifier), values = run.learn((clean, poisoned, key), carry, rows[None])
+            generator = moved if learning else old
+            harm.append(values[0])
+        return generator, classifier, jnp.stack(harm)
+
+    generator, classifier, harm = replay(learning=True)
+
+    # The same images, as any training set.
+    rule, state = optax.sgd(CONFUSE.classifier_rate), run.classifier(key)
+
+    @jax.jit
+    def step(params, batch_stats, rows):
+        def loss(params):
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits, updates = MODEL.apply(
+                variables, poisoned.images[rows], train=True, mutable=["batch_stats"]
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, poisoned.labels[rows])
+            return losses.mean(), updates["batch_stats"]
+
+        gradient, batch_stats = jax.grad(loss, has_aux=True)(params)
+        updates, _ = rule.update(gradient, rule.init(params))
+        return optax.apply_updates(params, updates), batch_stats
+
+    params, batch_stats = state.params, state.batch_stats
+    for rows in order:
+        params, batch_stats = step(params, batch_stats, rows)
+    for mine, theirs in ((classifier.params, params), (classifier.batch_stats, batch_stats)):
+        assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-6), mine, theirs))
+    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), generator.params, old.params)
+    assert min(jax.tree.leaves(moved)) > 0  # every layer of the generator has learned
+
+    # Beside a generator that stands still, on the same trajectory: it does more harm.
+    _, same, less = replay(learning=False)
+    np.testing.assert_array_equal(
+        same.params["head"]["kernel"], classifier.params["head"]["kernel"]
+    )
+    np.testing.assert_array_equal(harm[0], less[0])
+    assert jnp.mean(harm[-6:]) > jnp.mean(less[-6:]) + 0.01
+
+
+def test_confusing_images_stay_within_the_budget_and_follow_their_key():
+    change = np.abs(confused() - real().images / np.float32(255))
+    assert change.max() <= EPSILON + 1e-6
+    assert np.all(change.max(axis=(1, 2, 3)) > 0.1 * EPSILON)
+    assert confused().min() >= 0 and confused().max() <= 1
+    np.testing.assert_array_equal(confuse(), confused())
+    assert np.mean(np.abs(confuse(seed=2) - confused()) > 1e-3) > 0.5
+
+
+def test_the_mixture_of_all_four_attacks():
+    list_of_attacks = [
+        attacks.pgd(epsilon=EPSILON, num_steps=2),
+        attacks.dap(epsilon=EPSILON, num_steps=2),
+        attacks.durp(epsilon=EPSILON),
+        attacks.deep_confuse(epsilon=EPSILON, config=dataclasses.replace(CONFUSE, trials=1)),
+    ]
+    mixed = attacks.mixture(jax.random.key(0), real(), 1.0, list_of_attacks, network())
+    assert mixed.attack_names == ("pgd", "dap", "durp", "dc")
+    assert np.bincount(mixed.attack_id).tolist() == [0, 24, 24, 24, 24]
+    np.testing.assert_array_equal(mixed.labels, real().labels)
+    change = np.abs(mixed.images - real().images / np.float32(255))
+    assert change.max() <= EPSILON + 1e-6
+    assert mixed.config["attacks"][3]["trials"] == 1
+
+
+def test_the_u_net_has_as_many_sizes_as_halving_allows_and_keeps_corners():
+    widths = {(8, 8, 3): 4, (28, 28, 1): 3, (5, 6, 1): 1, (32, 32, 3): 4}
+    for shape, sizes in widths.items():
+        assert unet_for(shape, 4).widths == tuple(4 * 2**level for level in range(sizes))
+    x = jnp.arange(12.0).reshape(1, 2, 3, 2)
+    large = unet.upsample_2x(x)
+    assert large.shape == (1, 4, 6, 2)
+    for i in (0, -1):
+        for j in (0, -1):
+            np.testing.assert_allclose(large[0, i, j], x[0, i, j], atol=1e-6)
+    np.testing.assert_allclose(large[0, :, 0, 0], np.linspace(0, 6, 4), atol=1e-6)
+    np.testing.assert_allclose(large[0, 0, :, 0], np.linspace(0, 4, 6), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["trials", "passes", "batch_size", "width", "generator_rate"])
+def test_bad_settings_of_deep_confuse(name):
+    with pytest.raises(ValueError, match=f"{name} must be above 0"):
+        attacks.deep_confuse(epsilon=EPSILON, config=attacks.DeepConfuseConfig(**{name: 0}))
+    with pytest.raises(ValueError, match="epsilon is in units"):
+        attacks.deep_confuse(epsilon=0.0)
 
 
 # Victims from scratch

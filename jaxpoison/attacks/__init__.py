@@ -1,5 +1,7 @@
 """Attacks on training sets: functions from clean images to poisoned ones, and sets of poisons."""
 
+from jaxpoison.attacks.deep_confuse import DeepConfuseConfig as DeepConfuseConfig
+from jaxpoison.attacks.deep_confuse import deep_confuse as deep_confuse
 from jaxpoison.attacks.gradient_matching import gradient_matching as gradient_matching
 from jaxpoison.attacks.metapoison import MetaPoisonConfig as MetaPoisonConfig
 from jaxpoison.attacks.metapoison import metapoison as metapoison
