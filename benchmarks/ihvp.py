@@ -45,7 +45,7 @@ def main() -> None:
             *conjugate_gradients(problem, options, others),
             *conjugate_gradients_head(problem, options, others),
             *lissa(problem, others),
-            *lissa_head(problem, others),
+            *lissa_head(problem, options, others),
         ]
         result = measure.race(
             contenders,
@@ -117,7 +117,7 @@ def conjugate_gradients_head(problem, options, others) -> list[measure.Contender
         )  # fmt: skip
 
     def from_images(head, group, train, tolerance):
-        group, train = ((problem.features(images), labels) for images, labels in (group, train))
+        group, train = (with_features(problem, options, batch) for batch in (group, train))
         return solve(head, group, train, tolerance)
 
     found, want = [], None
@@ -153,6 +153,12 @@ def conjugate_gradients_head(problem, options, others) -> list[measure.Contender
     )
 
 
+def with_features(problem, options, batch):
+    """Returns (features, labels); a chunk at a time, which stays in the caches of a CPU."""
+    images, labels = batch
+    return curvature.map_chunks(problem.features, images, options.chunk_size), labels
+
+
 def lissa(problem, others) -> list[measure.Contender]:
     """Returns recursions over all parameters; rates are steps per second."""
     work = f"LiSSA, all parameters, {LISSA_STEPS} steps of {LISSA_BATCH}"
@@ -176,12 +182,12 @@ def lissa(problem, others) -> list[measure.Contender]:
     return found + others.contenders(work, "lissa", items=LISSA_STEPS, part="all", **settings())
 
 
-def lissa_head(problem, others) -> list[measure.Contender]:
+def lissa_head(problem, options, others) -> list[measure.Contender]:
     """Returns recursions over the last layer, features made once for all examples."""
     work = f"LiSSA, last layer, {LISSA_STEPS} steps of {LISSA_BATCH}"
 
     def from_images(head, group, train):
-        group, train = ((problem.features(images), labels) for images, labels in (group, train))
+        group, train = (with_features(problem, options, batch) for batch in (group, train))
         return given(head, group, train)
 
     def given(head, group, train):
