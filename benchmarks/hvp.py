@@ -18,6 +18,8 @@ import problem as problems
 
 from jaxpoison import curvature
 
+CHUNK_SIZE = 128  # which suits the caches of a CPU
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -61,9 +63,11 @@ def whole_network(problem, u, batch_size, others) -> list[measure.Contender]:
     hessian, gauss_newton = curvature.hessian(problem.loss), problem.gauss_newton()
     flops = {name: batch_size * count for name, count in problems.FLOPS.items()}
 
-    def afresh(kind):
+    def afresh(kind, chunk_size=None):
         return measure.compiled(
-            lambda params, batch, u: curvature.product(kind, params, batch)(u),
+            lambda params, batch, u: curvature.product(
+                kind, params, batch, chunk_size=chunk_size
+            )(u),
             problem.params, batch, u,
         )  # fmt: skip
 
@@ -88,6 +92,10 @@ def whole_network(problem, u, batch_size, others) -> list[measure.Contender]:
         ),
         *others.contenders(work, "hvp", want=want, **same),
     ]  # fmt: skip
+    if batch_size > CHUNK_SIZE:
+        in_chunks = afresh(hessian, CHUNK_SIZE)
+        name = f"{measure.OURS}, {CHUNK_SIZE} at a time"
+        contenders.append(measure.contender(work, name, in_chunks, flops=flops["hessian_afresh"]))
     work = work.replace("afresh", "at a fixed point")
     contenders += [
         measure.contender(work, measure.OURS, fixed(hessian), flops=flops["hessian"]),
