@@ -1,5 +1,6 @@
 """The filter in training, alone and before HINT."""
 
+import dataclasses
 import warnings
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense, HintConfig, chain, characteristic_filter, hint, none
 from jaxpoison.defenses.base import keep_batch
 from jaxpoison.filters import ContaminationWarning
+from jaxpoison.training import heads
 
 ONE = parallel.data_mesh(jax.devices()[:1])
 RECIPE = training.Recipe(
@@ -145,3 +147,74 @@ def test_bad_sets():
     few = Dataset(*(array[TRUSTED.labels > 0] for array in TRUSTED))
     with pytest.raises(ValueError, match=r"no centroids for the labels \[0\]"):
         characteristic_filter(MODEL, EXTRACTOR, few, mesh=ONE).init(jax.random.key(0), TRAIN)
+
+
+# A head on the frozen extractor, without augmentation
+
+HEAD = training.HeadRecipe(epochs=3, batch_size=None, milestones=(2,))
+
+
+def fit_head(train, defense=None, recipe=HEAD):
+    """By `fit_defended_head`, or by `fit_head` without a defence."""
+    key = jax.random.key(3)
+    if defense is not None:
+        return training.fit_defended_head(
+            key, MODEL, EXTRACTOR, train, defense, recipe=recipe, mesh=ONE
+        )
+    features = training.features(MODEL, EXTRACTOR, train.images, mesh=ONE)
+    return training.fit_head(key, features, jnp.asarray(train.labels), num_classes=3, recipe=recipe)
+
+
+def assert_same_head(one, other):
+    for name in ("kernel", "bias"):
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_with_no_defence_is_that_of_fit_head():
+    recipe = dataclasses.replace(HEAD, batch_size=16)  # the last of three batches is not full
+    assert_same_head(fit_head(TRAIN, none(), recipe), fit_head(TRAIN, recipe=recipe))
+
+
+def test_a_head_behind_the_filter_is_that_of_what_is_left():
+    # Of all examples at once, so that their order, which differs, does not matter.
+    head = fit_head(TRAIN, the_filter())
+    assert_same_head(head, fit_head(LEFT))
+    assert np.abs(head["kernel"] - fit_head(TRAIN)["kernel"]).max() > 1e-3
+
+
+def test_a_defence_sees_the_head_and_features_follow_what_it_does_to_images(monkeypatch):
+    seen, passes, darker = [], [], TRAIN._replace(images=0.5 * TRAIN.images)
+    real = heads.features
+
+    def counted(model, variables, images, **options):
+        passes.append(np.asarray(images))
+        return real(model, variables, images, **options)
+
+    def on_epoch(state, epoch, train_state, dataset):
+        seen.append(train_state.params["head"])
+        return state, (dataset if epoch == 0 else darker), ({"changed": 1.0} if epoch == 1 else {})
+
+    monkeypatch.setattr(heads, "features", counted)
+    defense = Defense(lambda key, dataset: (), on_epoch, keep_batch)
+    fit_head(TRAIN, defense)
+    assert len(passes) == 2  # once, and once more when the defence said that it changed something
+    np.testing.assert_array_equal(passes[0], TRAIN.images)
+    np.testing.assert_array_equal(passes[1], darker.images)
+    first = fit_head(TRAIN, none(), dataclasses.replace(HEAD, epochs=1))
+    assert_same_head(seen[1], first)
+
+
+def test_hint_goes_behind_the_filter_on_a_frozen_extractor():
+    config = HintConfig(ratio=0.25, beta=0.1, gamma=0.5, schedule=(1,))
+    noise = hint(MODEL, TRUSTED, config, mesh=ONE)
+    head = fit_head(TRAIN, chain(the_filter(), noise))
+    assert_same_head(head, fit_head(LEFT, noise))
+    assert np.abs(head["kernel"] - fit_head(LEFT)["kernel"]).max() > 1e-4
+
+
+def test_bad_sets_of_a_defended_head():
+    with pytest.raises(ValueError, match="labels out of range"):
+        fit_head(TRAIN._replace(labels=TRAIN.labels + 1), none())
+    for change in ({"epochs": 0}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            fit_head(TRAIN, none(), dataclasses.replace(HEAD, **change))

@@ -8,6 +8,7 @@ from jaxpoison.training.fit import fit as fit
 from jaxpoison.training.heads import HEAD as HEAD
 from jaxpoison.training.heads import HeadRecipe as HeadRecipe
 from jaxpoison.training.heads import features as features
+from jaxpoison.training.heads import fit_defended_head as fit_defended_head
 from jaxpoison.training.heads import fit_head as fit_head
 from jaxpoison.training.heads import with_head as with_head
 from jaxpoison.training.recipe import CIFAR10 as CIFAR10

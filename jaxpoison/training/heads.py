@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxpoison import loops, parallel
-from jaxpoison.data import to_float
+from jaxpoison.data import Dataset, check, to_float
+from jaxpoison.defenses.base import Defense
 from jaxpoison.models import Classifier
+from jaxpoison.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,14 @@ class HeadRecipe:
 HEAD = HeadRecipe()
 
 
-def features(model: Classifier, variables: Any, images: Any, *, batch_size: int = 512) -> jax.Array:
+def features(
+    model: Classifier,
+    variables: Any,
+    images: Any,
+    *,
+    batch_size: int = 512,
+    mesh: jax.sharding.Mesh | None = None,
+) -> jax.Array:
     """Returns what the frozen extractor gives to the head, float32 [N, d].
 
     Args:
@@ -49,8 +58,9 @@ def features(model: Classifier, variables: Any, images: Any, *, batch_size: int 
       variables: its `params` and `batch_stats`; BatchNorm uses the running statistics.
       images: [N, H, W, C], uint8 or float32 in [0, 1].
       batch_size: most images in one pass.
+      mesh: devices to use; default all.
     """
-    mesh = parallel.data_mesh()
+    mesh = parallel.data_mesh() if mesh is None else mesh
     run = _extractor(cast(Hashable, model), batch_size, mesh)
     return run(parallel.replicate(variables, mesh), parallel.replicate(jnp.asarray(images), mesh))
 
@@ -78,21 +88,109 @@ def fit_head(
     Raises:
       ValueError: if features and labels do not fit each other, or the recipe is no recipe.
     """
+    _check_recipe(recipe)
+    _check_features(features, labels)
+    keep = jnp.ones(len(labels), bool) if keep is None else keep
+    init_key, order_key = jax.random.split(key)
+    epoch = _epoch(order_key, features, labels, keep, recipe)
+    carry = _start(init_key, features.shape[1], num_classes, recipe)
+    (head, _), _ = jax.lax.scan(
+        lambda carry, number: (epoch(carry, number), ()), carry, jnp.arange(recipe.epochs)
+    )
+    return head
+
+
+def fit_defended_head(
+    key: jax.Array,
+    model: Classifier,
+    variables: Any,
+    train: Dataset,
+    defense: Defense,
+    *,
+    recipe: HeadRecipe = HEAD,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Any:
+    """Returns a head trained under a defence, `{"kernel": [d, K], "bias": [K]}`.
+
+    As `training.fit` with a frozen extractor, but without augmentation: features are computed anew
+    only where the defence has changed the images, so that a run takes a few forward passes. With a
+    defence that does nothing the head is that of `fit_head` for the same key.
+
+    Args:
+      key: PRNG key of the initial values, of the order of the examples and of the defence.
+      model: the network.
+      variables: its `params` and `batch_stats`; the head among them is not used.
+      train: N images and labels.
+      defense: its `init` and `on_epoch` are called. One that acts on the batch of a step (FRIENDS,
+        adversarial training, random noise) needs `training.fit(transfer=...)`.
+      recipe: how to train.
+      mesh: devices to use, the defence's too; default all.
+
+    Raises:
+      ValueError: for bad images or labels, or a recipe that is no recipe.
+    """
+    _check_recipe(recipe)
+    check(train, model.num_classes)
+    num_examples = len(train.labels)
+    mesh = parallel.data_mesh() if mesh is None else mesh
+    init_key, order_key = jax.random.split(key)
+    start = _start(init_key, model.num_features, model.num_classes, recipe)
+    train, variables, carry = parallel.replicate((train, variables, start), mesh)
+    state = defense.init(jax.random.fold_in(key, 1), train)
+    inputs: tuple[jax.Array, ...] = ()
+    for number in range(recipe.epochs):
+        full = with_head(variables, carry[0])
+        current = TrainState(
+            jnp.int32(number), full["params"], full.get("batch_stats", {}), carry[1]
+        )
+        state, dataset, info = defense.on_epoch(state, number, current, train)
+        if number == 0 or info:
+            found = features(model, variables, dataset.images, mesh=mesh)
+            _check_features(found, dataset.labels)
+            # What the defence dropped is filled up, so that no other shape is compiled.
+            missing = num_examples - len(found)
+            inputs = (
+                jnp.pad(found, ((0, missing), (0, 0))),
+                jnp.pad(jnp.asarray(dataset.labels), (0, missing)),
+                jnp.arange(num_examples) < len(found),
+            )
+        carry = _run_epoch(order_key, *inputs, carry, number, recipe=recipe)
+    return carry[0]
+
+
+def with_head(variables: Any, head: Any) -> Any:
+    """Returns a network's variables with another head."""
+    return {**variables, "params": {**variables["params"], "head": head}}
+
+
+def _check_features(features, labels):
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
         raise ValueError(
             f"features {features.shape} and labels {labels.shape}: expected [N, d] and [N], N > 0"
         )
+
+
+def _check_recipe(recipe):
     if recipe.epochs < 1 or (recipe.batch_size is not None and recipe.batch_size < 1):
         raise ValueError(f"epochs and batch_size must be at least 1: {recipe}")
-    num_examples, width = features.shape
-    keep = jnp.ones(num_examples, bool) if keep is None else keep
+
+
+# The learning rate is applied outside, so that it follows epochs and not steps taken.
+_RULE = optax.scale_by_adam()
+
+
+def _start(key, width, num_classes, recipe):
+    """Returns (head, state of the optimiser) before the first step."""
+    kernel = recipe.initial_scale * jax.random.normal(key, (width, num_classes))
+    head = {"kernel": kernel, "bias": jnp.zeros(num_classes)}
+    return head, _RULE.init(head)
+
+
+def _epoch(key, features, labels, keep, recipe):
+    """Returns `epoch(carry, number) -> carry`, one pass over what is kept."""
+    num_examples = len(features)
     size = min(recipe.batch_size or num_examples, num_examples)
     num_batches = -(-num_examples // size)
-    init_key, order_key = jax.random.split(key)
-    kernel = recipe.initial_scale * jax.random.normal(init_key, (width, num_classes))
-    head = {"kernel": kernel, "bias": jnp.zeros(num_classes)}
-    # The learning rate is applied outside, so that it follows epochs and not steps taken.
-    rule = optax.scale_by_adam()
     rate = optax.piecewise_constant_schedule(
         recipe.learning_rate, dict.fromkeys(recipe.milestones, 0.1)
     )
@@ -105,7 +203,7 @@ def fit_head(
     def step(carry, batch):
         rows, weights, learning_rate = batch
         head, state = carry
-        updates, new_state = rule.update(jax.grad(loss_fn)(head, rows, weights), state)
+        updates, new_state = _RULE.update(jax.grad(loss_fn)(head, rows, weights), state)
         moved = jax.tree.map(lambda p, u: p - learning_rate * u, head, updates)
         # A batch of which nothing is kept is no step at all.
         taken = jnp.sum(weights) > 0
@@ -114,22 +212,20 @@ def fit_head(
         ), ()
 
     def epoch(carry, number):
-        draw = jax.random.uniform(jax.random.fold_in(order_key, number), (num_examples,))
+        draw = jax.random.uniform(jax.random.fold_in(key, number), (num_examples,))
         order = jnp.argsort(jnp.where(keep, draw, draw + 1))  # what is kept comes first
         padding = num_batches * size - num_examples
         rows = jnp.pad(order, (0, padding)).reshape(num_batches, size)
         weights = jnp.pad(keep[order].astype(jnp.float32), (0, padding)).reshape(num_batches, size)
         rates = jnp.full(num_batches, rate(number))
-        carry, _ = jax.lax.scan(step, carry, (rows, weights, rates))
-        return carry, ()
+        return jax.lax.scan(step, carry, (rows, weights, rates))[0]
 
-    (head, _), _ = jax.lax.scan(epoch, (head, rule.init(head)), jnp.arange(recipe.epochs))
-    return head
+    return epoch
 
 
-def with_head(variables: Any, head: Any) -> Any:
-    """Returns a network's variables with another head."""
-    return {**variables, "params": {**variables["params"], "head": head}}
+@functools.partial(jax.jit, static_argnames="recipe")
+def _run_epoch(key, features, labels, keep, carry, number, *, recipe):
+    return _epoch(key, features, labels, keep, recipe)(carry, number)
 
 
 @functools.lru_cache(maxsize=16)  # a function of its own would be compiled anew at each call
