@@ -1,0 +1,216 @@
+"""Settings of `transfer_filter.py`, and the images and attacks that follow from them."""
+
+import dataclasses
+import functools
+import itertools
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from jaxpoison import attacks, models, training
+from jaxpoison.attacks import TargetedAttack
+from jaxpoison.data import Dataset, embedded, sources
+from jaxpoison.defenses import HintConfig
+from jaxpoison.training import Recipe
+
+NETWORKS = {
+    "resnet18": models.resnet18,
+    "resnet50": models.resnet50,
+    "mobilenet_v2": models.mobilenet_v2,
+    "densenet121": models.densenet121,
+    "narrow": functools.partial(models.resnet18, width=16, blocks=(1, 1, 1)),
+    "tiny": functools.partial(models.resnet18, width=8, blocks=(1, 1, 1)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Images of each class, in the order of the official training set."""
+
+    pretraining: int = 4800
+    """Of these the extractor learns."""
+    train: int = 50
+    """The set that the head is trained on, poisons included."""
+    trusted: int = 100
+    """Known to be clean. The filter sees five of them, HINT all."""
+    targets: int = 50
+    """Candidates for targets: those that a head trained on clean images gets right."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Crafting:
+    """How long poisons are crafted. The victim's head sees no augmentation, nor do they."""
+
+    fc_steps: int = 120
+    """Of feature collision."""
+    cp_steps: int = 1200
+    """Of convex polytope."""
+    bp_steps: int = 1200
+    """Of bullseye polytope."""
+    gm_steps: int = 250
+    """Of gradient matching on the head."""
+    gm_restarts: int = 8
+    """Random starts of gradient matching, of which the best is kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of one run; the same settings in the same folder continue it."""
+
+    run_dir: Path
+    """Folder for everything."""
+    pretraining: Recipe = dataclasses.field(default_factory=Recipe)
+    """How the extractor is trained."""
+    data: Literal["embedded", "full"] = "full"
+    """The small slice inside the package, or the whole of CIFAR-10 (see --data-dir)."""
+    data_dir: str | None = None
+    """Folder of tensorflow-datasets, or an .npz; default $TFDS_DATA_DIR."""
+    parts: Parts = dataclasses.field(default_factory=Parts)
+    """How the training images are divided."""
+    test_examples: int | None = None
+    """Judge accuracy on the first so many test images; default all."""
+    networks: tuple[str, ...] = ("resnet18", "resnet50", "mobilenet_v2", "densenet121")
+    """Extractors; each is attacked as a white box. "narrow" and "tiny" are small ResNets."""
+    attacks: tuple[Literal["fc", "cp", "bp", "gm"], ...] = ("fc", "bp", "gm")
+    """Feature collision, convex polytope, bullseye polytope, gradient matching."""
+    crafting: Crafting = dataclasses.field(default_factory=Crafting)
+    """How long poisons are crafted."""
+    epsilons_255: tuple[float, ...] = (8.0, 16.0)
+    """Budgets: largest changes of a pixel, in units of 1/255."""
+    shares: tuple[float, ...] = (0.1, 0.24, 0.5, 0.8)
+    """Shares p of the base class that are poisons."""
+    num_targets: int = 30
+    """Trials of each attack, budget and share: always the same targets."""
+    base_class: int | None = 8
+    """What targets are to be taken for (8: ship); none: any class."""
+    target_class: int | None = 6
+    """What targets are (6: frog); none: any class."""
+    min_success: float = 0.6
+    """An attack counts where at least this share of its trials succeeds without a defence."""
+    trusted_per_class: int = 5
+    """Images of each class that the filter may trust."""
+    hint: HintConfig = dataclasses.field(default_factory=HintConfig)
+    """Settings of HINT; its epochs are those of the head, 60."""
+    hint_attacks: tuple[Literal["fc", "cp", "bp", "gm"], ...] = ("fc", "bp")
+    """Attacks on which HINT is tried, at the largest budget."""
+    hint_share: float = 0.5
+    """Share p at which HINT is tried."""
+    seed: int = 0
+    """Initial weights, trials, noise."""
+    checkpoint_every: int = 1
+    """Epochs from one checkpoint to the next."""
+
+
+PAPER = Config(run_dir=Path("runs/transfer-paper"))
+# Sized for two cores and three quarters of an hour.
+LAPTOP = Config(
+    run_dir=Path("runs/transfer-laptop"),
+    pretraining=Recipe(epochs=10, milestones=(5, 8)),
+    networks=("narrow",),
+    crafting=Crafting(bp_steps=200, gm_steps=150, gm_restarts=1),
+    num_targets=20,
+    test_examples=2000,
+)
+QUICK = Config(
+    run_dir=Path("runs/transfer-quick"),
+    pretraining=Recipe(epochs=20, milestones=(10, 16), batch_size=64),
+    data="embedded",
+    parts=Parts(pretraining=230, train=30, trusted=20, targets=20),
+    networks=("tiny",),
+    crafting=Crafting(fc_steps=60, bp_steps=100, gm_steps=80, gm_restarts=1),
+    epsilons_255=(16.0,),
+    shares=(0.1, 0.5, 0.8),
+    num_targets=8,
+    base_class=None,
+    target_class=None,
+)
+PRESETS = {"paper": PAPER, "laptop": LAPTOP, "quick": QUICK}
+
+
+class Sets(NamedTuple):
+    """The images of a run."""
+
+    pretraining: Dataset
+    train: Dataset
+    trusted: Dataset
+    targets: Dataset
+    test: Dataset
+    source: str
+
+
+def require_sensible(config: Config) -> None:
+    """Raises ValueError for settings that would fail only after work was done."""
+    unknown = set(config.networks) - set(NETWORKS)
+    if unknown or not config.networks:
+        raise ValueError(f"networks must be some of {', '.join(NETWORKS)}, not {config.networks}")
+    for name in ("attacks", "epsilons_255", "shares"):
+        if not getattr(config, name):
+            raise ValueError(f"name at least one of {name}")
+    for share in config.shares:
+        if not 0 < share <= 1 or round(share * config.parts.train) < 1:
+            raise ValueError(
+                f"a share p must be in (0, 1] and at least one of the {config.parts.train} images "
+                f"of a class, not {share}"
+            )
+    if config.hint_attacks and config.hint_share not in config.shares:
+        raise ValueError(f"hint_share must be one of the shares {config.shares}")
+    if set(config.hint_attacks) - set(config.attacks):
+        raise ValueError(f"hint_attacks must be some of the attacks {config.attacks}")
+    if max(config.hint.schedule, default=0) >= training.HEAD.epochs:
+        raise ValueError(f"HINT's schedule goes beyond the {training.HEAD.epochs} epochs of a head")
+    if not 1 <= config.trusted_per_class <= config.parts.trusted:
+        raise ValueError(
+            f"trusted_per_class must be between 1 and {config.parts.trusted}, the trusted images "
+            f"of a class, not {config.trusted_per_class}"
+        )
+    for attack, epsilon in itertools.product(config.attacks, config.epsilons_255):
+        attack_of(config, attack, epsilon)
+
+
+def load(config: Config) -> Sets:
+    """Returns the images, each class divided in the order of the official training set."""
+    if config.data == "embedded":
+        pool, test = (embedded.read_part("cifar10", part)[0] for part in ("train", "test"))
+        source = "embedded slice of CIFAR-10"
+    else:
+        pool, test, source = sources.read("cifar10", data_dir=config.data_dir)
+    sizes = dataclasses.astuple(config.parts)
+    members = [np.flatnonzero(pool.labels == label) for label in np.unique(pool.labels)]
+    smallest = min(map(len, members))
+    if min(sizes) < 1 or sum(sizes) > smallest:
+        raise ValueError(
+            f"the parts of a class are {config.parts}: each must hold at least one image, and all "
+            f"together at most the {smallest} that there are"
+        )
+    ends = np.cumsum((0, *sizes))
+    rows = [
+        np.concatenate([mine[first:last] for mine in members])
+        for first, last in itertools.pairwise(ends)
+    ]
+    divided = [Dataset(pool.images[part], pool.labels[part]) for part in rows]
+    test = Dataset(*(array[: config.test_examples] for array in test))
+    return Sets(*divided, test, source)
+
+
+def attack_of(config: Config, name: str, epsilon_255: float) -> TargetedAttack:
+    """Returns an attack with the configured number of steps."""
+    epsilon, crafting = epsilon_255 / 255, config.crafting
+    if name == "fc":
+        return attacks.feature_collision(epsilon=epsilon, num_steps=crafting.fc_steps)
+    if name == "cp":
+        return attacks.convex_polytope(epsilon=epsilon, num_steps=crafting.cp_steps)
+    if name == "bp":
+        return attacks.bullseye_polytope(epsilon=epsilon, num_steps=crafting.bp_steps)
+    return attacks.head_gradient_matching(
+        epsilon=epsilon,
+        num_steps=crafting.gm_steps,
+        restarts=crafting.gm_restarts,
+        draws=attacks.Draws(),
+    )
+
+
+def first_of_each_class(dataset: Dataset, number: int) -> Dataset:
+    """Returns the first `number` examples of each class."""
+    rows = [np.flatnonzero(dataset.labels == label)[:number] for label in np.unique(dataset.labels)]
+    return Dataset(*(array[np.concatenate(rows)] for array in dataset))

@@ -1,0 +1,250 @@
+"""The comparison of filters as a user runs it: as a program, and again after a part got lost."""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from jaxpoison import attacks, filters, models
+from jaxpoison.data import Dataset, embedded
+from jaxpoison.defenses import HintConfig
+
+ROOT = Path(__file__).parents[1]
+# A budget of half the range: so few steps would achieve nothing with less.
+TINY = (
+    *("--preset", "quick", "--pretraining.epochs", "2", "--pretraining.milestones", "1"),
+    *("--parts.pretraining", "24", "--parts.train", "10", "--parts.trusted", "5"),
+    *("--parts.targets", "5", "--test-examples", "200", "--num-targets", "2"),
+    *("--attacks", "bp", "--hint-attacks", "bp", "--crafting.bp-steps", "12"),
+    *("--epsilons-255", "128", "--shares", "0.8", "--hint-share", "0.8", "--min-success", "0"),
+    *("--hint.schedule", "5"),
+)
+CELL = "tiny-bp-eps128-p0.8"
+
+
+def run(run_dir, *flags):
+    return subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "experiments" / "transfer_filter.py")),
+            *("--run-dir", str(run_dir), *TINY, *flags),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        # Quick compilation: what is compiled here runs a few times.
+        env=os.environ
+        | {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "COLUMNS": "200"},
+        cwd=run_dir.parent,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("transfer") / "run"
+    return run_dir, run(run_dir)
+
+
+def test_a_run_leaves_tables_pictures_and_results(whole):
+    run_dir, done = whole
+    assert done.returncode == 0, done.stderr
+    table = (run_dir / "table.md").read_text()
+    assert table in done.stdout
+    assert "at p = 0.8: with centroids of the data" in table.splitlines()[2]  # what may fail, first
+    assert "| bullseye polytope | characteristic vectors | 4.17, 89.57 |" in table  # the paper's
+    assert "filter + HINT" in table and "1/5, 92.41" in table
+    for name in ("roc.png", "share.png", "vectors.png"):
+        assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
+    result = json.loads((run_dir / "result.json").read_text())
+    clean, attacked = result["rows"]
+    assert clean["share"] == 0 and "tpr" not in clean["filters"]["deep k-NN"]
+    assert attacked["successes"] > 0  # or nothing was filtered
+    assert len(attacked["filters"]) == 11 and len(attacked["filters"]) == len(clean["filters"])
+    for row in attacked["filters"].values():
+        assert all(0 <= row[name] <= 1 for name in ("tpr", "fpr", "auroc", "accuracy"))
+        assert row["trials"] == attacked["successes"] >= row["successes"]
+    assert [row["defense"] for row in result["hint"]] == ["none", "hint", "filter", "filter + hint"]
+
+
+def test_poisons_are_kept_in_8_bits_within_their_budget(whole):
+    run_dir, _ = whole
+    with np.load(run_dir / "poisons" / f"{CELL}.npz") as archive:
+        images, rows, labels = archive["images"], archive["rows"], archive["base_labels"]
+    assert images.dtype == np.uint8 and images.shape[1:] == (8, 32, 32, 3)
+    train = pool_part(24, 10)
+    np.testing.assert_array_equal(train.labels[rows], np.tile(labels[:, None], (1, 8)))
+    change = np.abs(images.astype(int) - train.images[rows])
+    assert 0 < change.max() <= 128
+
+
+def pool_part(first, number):
+    """Returns `number` images of each class of the embedded slice, from the `first` on."""
+    pool, _ = embedded.read_part("cifar10", "train")
+    rows = [np.flatnonzero(pool.labels == k)[first : first + number] for k in range(10)]
+    return Dataset(*(array[np.concatenate(rows)] for array in pool))
+
+
+def test_running_again_does_only_what_is_missing(whole):
+    run_dir, first = whole
+    kept = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.suffix == ".npz"}
+    (run_dir / "cells" / f"{CELL}.json").unlink()  # as if killed before it was judged
+    again = run(run_dir)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.split("\nPoisons in")[1] == first.stdout.split("\nPoisons in")[1]
+    told = again.stdout.split("\nPoisons in")[0]
+    assert "sets to be filtered" in told
+    assert "epoch" not in told and "/16 poisons" not in told and "trial" not in told
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
+def test_bad_settings_are_refused_before_any_work(tmp_path):
+    done = run(tmp_path / "run", "--shares", "1.5")
+    assert done.returncode != 0
+    assert "a share p must be in (0, 1]" in " ".join(done.stderr.split()), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# Parts of it
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Imports a module of the experiments."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    return importlib.import_module
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"networks": ("vgg",)}, "networks must be some of resnet18"),
+        ({"networks": ()}, "networks must be some of resnet18"),
+        ({"attacks": ()}, "at least one of attacks"),
+        ({"shares": (0.001,)}, "at least one of the 50 images"),
+        ({"hint_share": 0.3}, "hint_share must be one of the shares"),
+        ({"hint_attacks": ("cp",)}, "hint_attacks must be some of the attacks"),
+        ({"hint": HintConfig(schedule=(60,))}, "beyond the 60 epochs of a head"),
+        ({"trusted_per_class": 101}, "between 1 and 100"),
+        ({"epsilons_255": (300.0,)}, "epsilon is in units of pixels"),
+    ],
+)
+def test_bad_settings(module, change, message):
+    setting = module("transfer_setting")
+    with pytest.raises(ValueError, match=message):
+        setting.require_sensible(dataclasses.replace(setting.PAPER, **change))
+
+
+def test_presets_are_sensible_and_parts_that_do_not_fit_are_refused(module):
+    setting = module("transfer_setting")
+    for preset in setting.PRESETS.values():
+        setting.require_sensible(preset)
+    sets = setting.load(setting.QUICK)
+    sizes = [len(part.labels) for part in sets[:4]]
+    assert sizes == [2300, 300, 200, 200]
+    images = np.concatenate([part.images for part in sets[:4]])
+    assert len({image.tobytes() for image in images}) > 0.999 * sum(sizes)  # no image twice
+    with pytest.raises(ValueError, match="at most the 300 that there are"):
+        setting.load(dataclasses.replace(setting.QUICK, parts=setting.Parts(targets=9999)))
+
+
+class Body(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x))
+        return nn.relu(x).mean((1, 2))
+
+
+MODEL = models.Classifier(Body(), num_features=4, num_classes=3)
+
+
+def coloured(num_examples, seed):
+    """Images in the colour of their class, classes one after the other."""
+    rng = np.random.default_rng(seed)
+    labels = np.sort(np.arange(num_examples) % 3).astype(np.int32)
+    images = 0.3 * rng.random((num_examples, 4, 4, 3)) + 0.4 * np.eye(3)[labels][:, None, None]
+    return Dataset(images.astype(np.float32), labels)
+
+
+CLEAN, TRUSTED = coloured(30, 0), coloured(15, 1)
+
+
+def trial(images, rows=slice(0, 10), base=0, target=1):
+    """A set in which `rows`, of class `base`, are poisons that look like `images`."""
+    poisoned, attack_id = CLEAN.images.copy(), np.zeros(30, np.int8)
+    poisoned[rows], attack_id[rows] = images, 1
+    aim = attacks.Target(CLEAN.images[10:11], target, base, 0)
+    return attacks.PoisonedDataset(poisoned, CLEAN.labels, attack_id, {"attacks": [{}]}, aim)
+
+
+@pytest.fixture(scope="module")
+def victim():
+    return attacks.Victim(MODEL, MODEL.init(jax.random.key(0), CLEAN.images[:1]))
+
+
+def test_vectors_are_judged_as_the_filter_itself_does(module, victim):
+    verdicts = module("transfer_verdicts")
+    half = 0.5 * (CLEAN.images[:4] + CLEAN.images[10:14])
+    sets = [trial(CLEAN.images[10:14], slice(0, 4)), trial(half, slice(3, 7))]
+    view = verdicts.view(victim, CLEAN, sets, TRUSTED)
+    for centroids, trusted in (("dataset", None), ("trusted", tuple(TRUSTED))):
+        reference = None if trusted is None else (view.trusted[0], view.trusted[2])
+        flagged, score = verdicts.characteristic(
+            view.charvec, view.places, view.labels, reference, 3
+        )
+        one = filters.CharacteristicVectorFilter(*victim, centroids=centroids)
+        for number, poisoned in enumerate(sets):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", filters.ContaminationWarning)
+                want = one.fit_filter(poisoned.images, poisoned.labels, trusted)
+            np.testing.assert_array_equal(flagged[number], want.is_poison)
+            np.testing.assert_allclose(score[number], want.score, atol=1e-6)
+        assert np.all(flagged[0][:4])  # they are images of another class
+
+
+def test_a_poison_moves_from_one_centroid_to_the_other(module, victim):
+    verdicts = module("transfer_verdicts")
+    sets = [trial(CLEAN.images[:10]), trial(CLEAN.images[10:20])]
+    view = verdicts.view(victim, CLEAN, sets, TRUSTED)
+    np.testing.assert_allclose(verdicts.shift(view).mean(axis=1), [0, 1], atol=1e-5)
+    vectors = verdicts.directions(view.charvec)
+    (block,) = view.charvec.blocks
+    cosines = [
+        float(array[0] @ array[12] / np.linalg.norm(array[0]) / np.linalg.norm(array[12]))
+        for array in block
+    ]
+    distance = np.sum((vectors[0] - vectors[12]) ** 2)
+    np.testing.assert_allclose(distance, 2 * np.mean(1 - np.array(cosines)), rtol=1e-4)
+
+
+def test_measures(module, victim):
+    verdicts = module("transfer_verdicts")
+    sets = [trial(CLEAN.images[10:14], slice(0, 4)), trial(CLEAN.images[10:14], slice(4, 8))]
+    view = verdicts.view(victim, CLEAN, sets, TRUSTED)
+    poisons = view.is_poisoned
+    half = poisons.copy()
+    half[0] = False
+    half[0, 29] = True
+    found = {
+        "right": verdicts.Verdict(poisons, poisons.astype(np.float32)),
+        "half": verdicts.Verdict(half, -poisons.astype(np.float32)),
+    }
+    after = attacks.Outcome(
+        np.zeros(4), np.array([False, False, True, False]), np.array([0.5, 0.7, 0.1, 0.3]), {}
+    )
+    result = verdicts.measure(view, found, after)
+    assert result["filters"]["right"] == pytest.approx(
+        {"successes": 0, "trials": 2, "accuracy": 0.6, "fpr": 0, "tpr": 1, "auroc": 1}
+    )
+    assert result["filters"]["half"] == pytest.approx(
+        {"successes": 1, "trials": 2, "accuracy": 0.2, "fpr": 0.5 / 26, "tpr": 0.5, "auroc": 0}
+    )
+    assert result["roc"]["right"] == [1.0] * 51
