@@ -37,7 +37,7 @@ def load(path: Path, train: Dataset, trials: Trials) -> list[PoisonedDataset]:
     except Exception as error:  # zipfile, zlib, json and numpy raise many kinds
         raise ValueError(f"{path} is not readable ({error!r}): delete it to craft anew") from error
     for name, array in trials._asdict().items():
-        if not np.array_equal(array, entries.get(name)):
+        if name not in entries or not np.array_equal(array, entries[name]):
             raise ValueError(f"{path} holds other trials ({name} differ): delete it to craft anew")
     return restored(train, trials, images, configs)
 

@@ -188,9 +188,11 @@ def load(config: Config) -> Sets:
         np.concatenate([mine[first:last] for mine in members])
         for first, last in itertools.pairwise(ends)
     ]
-    divided = [Dataset(pool.images[part], pool.labels[part]) for part in rows]
+    pretraining, train, trusted, targets = (
+        Dataset(pool.images[part], pool.labels[part]) for part in rows
+    )
     test = Dataset(*(array[: config.test_examples] for array in test))
-    return Sets(*divided, test, source)
+    return Sets(pretraining, train, trusted, targets, test, source)
 
 
 def attack_of(config: Config, name: str, epsilon_255: float) -> TargetedAttack:

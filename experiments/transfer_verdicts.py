@@ -5,8 +5,8 @@ in one compiled call. The rivals see features of the last layer.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def view(victim: Victim, clean: Dataset, poisoned: list[PoisonedDataset], truste
     places[is_poisoned] = num_clean + np.arange(is_poisoned.sum())
     images = np.concatenate([clean.images, *(one.images[one.is_poisoned] for one in poisoned)])
     mesh = parallel.data_mesh()
-    extract = _extractor(model, mesh)
+    extract = _extractor(cast(Hashable, model), mesh)
     charvec, trusted_charvec = (
         extract(parallel.replicate(variables, mesh), parallel.replicate(part, mesh))
         for part in (images, trusted.images)
@@ -141,7 +141,8 @@ def characteristic(charvec, places, labels, trusted, num_classes):
 
     def one_trial(places):
         mine = jax.tree.map(lambda array: array[places], charvec)
-        centroids = filters.fit_centroids(*(trusted or (mine, labels)), num_classes)
+        vectors, classes = trusted or (mine, labels)
+        centroids = filters.fit_centroids(vectors, classes, num_classes)
         result = filters.nearest_centroid_filter(mine, labels, centroids)
         return result.is_poison, result.score
 

@@ -90,7 +90,7 @@ def test_signs_are_as_the_text_says():
     )
 
 
-@pytest.mark.parametrize("guide", ["influence.md"])
+@pytest.mark.parametrize("guide", ["influence.md", "filters.md"])
 def test_guides_print_what_they_say(guide):
     path = README.parent / "docs" / guide
     result = doctest.testfile(str(path), module_relative=False, optionflags=doctest.ELLIPSIS)
