@@ -385,6 +385,64 @@ def test_number_of_chosen_examples_is_rounded_up():
         assert run.chosen.shape == (want,)
 
 
+@pytest.mark.parametrize("mass", [0.3, 0.9])
+def test_mass_takes_the_fewest_examples_that_hold_it(mass):
+    run = Update(dataclasses.replace(CONFIG, ratio=1.0, mass=mass))
+    model = Numpy(trained())
+    s = model.ihvp(TRUSTED, TRAIN.images)
+    sizes = np.abs(model.gradients(*TRAIN) @ s)
+    order = np.argsort(-sizes)
+    share = np.cumsum(sizes[order]) / sizes.sum()
+    count = int(np.argmax(share >= mass)) + 1
+    moved = run(2).images
+    want = np.sort(order[:count])
+    np.testing.assert_array_equal(run.chosen, np.r_[want, np.full(40 - count, 40)])
+    assert run.info["ratio"] == count / 40
+    np.testing.assert_array_equal(np.flatnonzero(run.info["chosen"]), want)
+    np.testing.assert_array_equal(np.flatnonzero(np.any(moved != TRAIN.images, (1, 2, 3))), want)
+    # From here on it is HINT with that share, which is what the same number of examples gives.
+    same = Update(dataclasses.replace(CONFIG, ratio=count / 40))
+    np.testing.assert_array_equal(same(2).images, moved)
+    np.testing.assert_allclose(same(4).images, run(4).images, atol=1e-6)
+
+
+def test_mass_takes_no_more_than_the_ratio():
+    run = Update(dataclasses.replace(CONFIG, ratio=0.1, mass=0.99))
+    run(2)
+    assert run.info["ratio"] == 0.1 and run.chosen.max() < 40
+
+
+def test_random_selection_is_one_draw_from_the_key():
+    config = dataclasses.replace(CONFIG, selection="random")
+    run = Update(config)
+    moved = run(2).images
+    first = run.chosen
+    assert len(np.unique(first)) == 16 and np.all(np.diff(first) > 0)
+    run(4)
+    np.testing.assert_array_equal(run.chosen, first)
+    other = Update(config)
+    other.state = other.state._replace(key=jax.random.key(8))
+    other(2)
+    assert np.any(other.chosen != first)
+    # The noise of an example does not depend on how it was chosen.
+    by_influence = Update(dataclasses.replace(CONFIG, ratio=1.0))(2).images
+    np.testing.assert_allclose(moved[first], by_influence[first], atol=1e-6)
+
+
+def test_steps_of_signs_go_against_the_influence_to_the_bound():
+    scaled, signed = (
+        Update(dataclasses.replace(CONFIG, step=step, gamma=gamma))
+        for step, gamma in (("scaled", 1e-3), ("sign", 0.1))
+    )
+    scaled(2), signed(2)
+    received = TRAIN.images[scaled.chosen]
+    low, high = (np.clip(received + side, 0, 1) - received for side in (-CONFIG.beta, CONFIG.beta))
+    want = np.where(scaled.noise > 0, high, low)
+    free = scaled.noise != 0  # a pixel at 0 or 1 that would leave does not say where to
+    np.testing.assert_allclose(signed.noise[free], want[free], atol=1e-6)
+    assert free.mean() > 0.8
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -396,6 +454,11 @@ def test_number_of_chosen_examples_is_rounded_up():
         ({"beta": float("nan")}, "beta"),
         ({"gamma": -1.0}, "gamma"),
         ({"gamma": float("nan")}, "gamma"),
+        ({"mass": 0.0}, "mass"),
+        ({"mass": 1.0}, "mass"),
+        ({"mass": 0.9, "selection": "random"}, "selection"),
+        ({"selection": "worst"}, "selection"),
+        ({"step": "cosine"}, "step"),
         ({"schedule": ()}, "schedule"),
         ({"schedule": (-1, 5)}, "schedule"),
         ({"damping": 0.0}, "damping"),

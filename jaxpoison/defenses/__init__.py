@@ -11,9 +11,17 @@ from jaxpoison.defenses.epic import epic as epic
 from jaxpoison.defenses.friends import FriendsConfig as FriendsConfig
 from jaxpoison.defenses.friends import friends as friends
 from jaxpoison.defenses.hint import PAPER as PAPER
+from jaxpoison.defenses.hint import RECOMMENDED as RECOMMENDED
 from jaxpoison.defenses.hint import RELEASED_CODE as RELEASED_CODE
 from jaxpoison.defenses.hint import HintConfig as HintConfig
 from jaxpoison.defenses.hint import HintState as HintState
 from jaxpoison.defenses.hint import hint as hint
+from jaxpoison.defenses.mixing import cutmix as cutmix
+from jaxpoison.defenses.mixing import mixup as mixup
 from jaxpoison.defenses.noise import fixed_noise as fixed_noise
 from jaxpoison.defenses.noise import random_noise as random_noise
+from jaxpoison.defenses.squeezing import grey as grey
+from jaxpoison.defenses.squeezing import jpeg as jpeg
+from jaxpoison.defenses.trusted import add_trusted as add_trusted
+from jaxpoison.defenses.trusted import recommended as recommended
+from jaxpoison.defenses.trusted import refit_head as refit_head

@@ -4,6 +4,7 @@ A defence sees the training set as it was collected and the current model, befor
 in every step. It never sees which examples are poisoned.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -38,7 +39,10 @@ class EpochFn(Protocol):
 
 
 class BatchFn(Protocol):
-    """Returns the batch to train on. Traced into the training step, after augmentation."""
+    """Returns the batch to train on. Traced into the training step, after augmentation.
+
+    Its labels may also be the shares of each class, float32 [B, K] with rows that sum to 1.
+    """
 
     def __call__(
         self, state: State, key: jax.Array, train_state: Any, batch: Dataset
@@ -54,9 +58,28 @@ class KeepFn(Protocol):
     def __call__(self, state: State, num_examples: int) -> np.ndarray: ...
 
 
+class FinishFn(Protocol):
+    """Returns the training state that is the result, from that after the last epoch.
+
+    Called once, outside `jit`, before the last accuracy is measured and the last checkpoint saved.
+    """
+
+    def __call__(self, state: State, train_state: Any) -> Any: ...
+
+
 def keep_all(state, num_examples):
     """The `KeepFn` of a defence that has not decided to drop anything for good."""
     return np.ones(num_examples, bool)
+
+
+def keep_result(state, train_state):
+    """The `FinishFn` that changes nothing."""
+    return train_state
+
+
+def same_size(num_examples):
+    """The `size` of a defence that adds no examples."""
+    return num_examples
 
 
 class Defense(NamedTuple):
@@ -67,12 +90,16 @@ class Defense(NamedTuple):
       on_epoch: the training set of one epoch.
       on_batch: the batch of one step.
       keep: which examples `on_epoch` returns at every epoch, if `init` decides that.
+      finish: what is done to the network after the last epoch.
+      size: how many examples `on_epoch` returns at most, of a set of so many.
     """
 
     init: InitFn
     on_epoch: EpochFn
     on_batch: BatchFn
     keep: KeepFn = keep_all
+    finish: FinishFn = keep_result
+    size: Callable[[int], int] = same_size
 
 
 def keep_epoch(state, epoch, train_state, dataset):
@@ -93,9 +120,9 @@ def none() -> Defense:
 def chain(*defenses: Defense) -> Defense:
     """Returns the defences applied one after another, each to what the one before returned.
 
-    A defence that drops examples must come after those that hold state per example, unless it
-    decides in `init` and says so by `keep`: those after it are then given the smaller set from the
-    start, and what they tell of examples is told of the set as collected.
+    A defence that drops or adds examples must come after those that hold state per example, unless
+    it drops them in `init` and says so by `keep`: those after it are then given the smaller set
+    from the start, and what they tell of examples is told of the set as collected.
     """
 
     def init(key, dataset):
@@ -131,7 +158,17 @@ def chain(*defenses: Defense) -> Defense:
             rows = rows[defense.keep(part, len(rows))]
         return np.isin(np.arange(num_examples), rows)
 
-    return Defense(init, on_epoch, on_batch, keep)
+    def finish(state, train_state):
+        for defense, part in zip(defenses, state, strict=True):
+            train_state = defense.finish(part, train_state)
+        return train_state
+
+    def size(num_examples):
+        for defense in defenses:
+            num_examples = defense.size(num_examples)
+        return num_examples
+
+    return Defense(init, on_epoch, on_batch, keep, finish, size)
 
 
 def select(dataset: Dataset, keep: np.ndarray) -> Dataset:

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpoison import curvature, influence, loops, parallel, solvers
 from jaxpoison.data import Dataset, check, check_trusted, to_float
@@ -31,11 +32,17 @@ class HintConfig:
     """Settings of HINT; the defaults are the paper's for CIFAR-10, in full precision."""
 
     ratio: float = 0.5
-    """Share r of the training set that receives noise, in (0, 1]."""
+    """Share r of the training set that receives noise, in (0, 1]; with `mass`, at most so much."""
+    mass: float | None = None
+    """If given, r is the smallest whose examples hold this share, in (0, 1), of all |I_up|."""
     beta: float = 0.062
     """Largest absolute noise on a pixel, in units of [0, 1]."""
     gamma: float = 0.1
     """Step: noise moves by gamma times the pixel influence."""
+    step: Literal["scaled", "sign"] = "scaled"
+    """"sign" is a control: noise moves by gamma times the influence's sign."""
+    selection: Literal["influence", "random"] = "influence"
+    """"random" is a control: D_s is drawn at random."""
     schedule: tuple[int, ...] = (5, 15, 40)
     """Epochs (finished epochs, from 0) before which the noise is updated."""
     solver: Literal["cg", "cholesky", "lissa", "identity"] = "cg"
@@ -55,6 +62,7 @@ class HintConfig:
 
 
 PAPER = HintConfig()
+RECOMMENDED = HintConfig(ratio=1.0, mass=0.9)
 RELEASED_CODE = HintConfig(
     beta=16 / 255,
     solver="lissa",
@@ -69,8 +77,9 @@ class HintState(NamedTuple):
     """What HINT remembers.
 
     Attributes:
-      key: PRNG key; only LiSSA draws from it.
+      key: PRNG key; LiSSA and random selection draw from it.
       chosen: int32 [ceil(r n)], ascending; indices of D_s, meaningless before the first update.
+        Where `mass` takes fewer examples, the last entries are n.
       noise: float32 [ceil(r n), H, W, C], x~ - x of the chosen examples; zero at first.
     """
 
@@ -93,7 +102,7 @@ def hint(
     `_q99`: quantiles of 255 gamma |I_pert| over chosen pixels (below 1, uint8 storage would lose
     the step); `share_at_beta`: share of chosen pixels whose noise is at +-beta; the seconds of its
     parts, `features_seconds`, `solve_seconds`, `scores_seconds` (first update only) and
-    `pixel_maps_seconds`; and `chosen`.
+    `pixel_maps_seconds`; `chosen`; and with `mass` the share `ratio` that it takes.
 
     Args:
       model: the network that is trained; its head is the layer that influence acts through.
@@ -148,8 +157,27 @@ def hint(
     @jax.jit
     def largest_scores(head, s, train):
         scores = influence.example_influence(influence.linear_head_loss, head, s, train)
-        _, indices = jax.lax.top_k(jnp.abs(scores), _num_chosen(config, len(scores)))
+        num_examples = len(scores)
+        sizes, indices = jax.lax.top_k(jnp.abs(scores), _num_chosen(config, num_examples))
+        if config.mass is not None:
+            before = jnp.cumsum(sizes) - sizes  # what larger scores hold already
+            needed = (before < config.mass * jnp.sum(jnp.abs(scores))).at[0].set(True)
+            indices = jnp.where(needed, indices, num_examples)
         return jnp.sort(indices).astype(jnp.int32)
+
+    def choose(key, head, s, train):
+        num_examples = len(train[1])
+        if config.selection == "influence":
+            return largest_scores(head, s, train)
+        order = jax.random.permutation(jax.random.fold_in(key, 1), num_examples)
+        return jnp.sort(order[: _num_chosen(config, num_examples)]).astype(jnp.int32)
+
+    def in_use(state, num_examples):
+        """The state without the entries that `mass` leaves over, so that they cost nothing."""
+        if config.mass is None:
+            return state
+        count = int(np.searchsorted(parallel.to_host(state.chosen), num_examples))
+        return state._replace(chosen=state.chosen[:count], noise=state.noise[:count])
 
     @jax.jit
     def chosen_examples(state, dataset):
@@ -158,7 +186,7 @@ def hint(
 
     @jax.jit
     def move(received, noise, maps, gamma):
-        step = gamma * step_scale * maps
+        step = gamma * (jnp.sign(maps) if config.step == "sign" else step_scale * maps)
         moved = _perturb(received, jnp.clip(noise - step, -config.beta, config.beta))
         if config.storage == "uint8_floor":
             # The margin is for whole numbers that rounding has put just below themselves.
@@ -179,7 +207,7 @@ def hint(
     def with_noise(state, dataset):
         images = to_float(dataset.images)
         chosen = _perturb(images[state.chosen], state.noise)
-        return dataset._replace(images=images.at[state.chosen].set(chosen))
+        return dataset._replace(images=images.at[state.chosen].set(chosen, mode="drop"))
 
     def init(key, dataset):
         check(dataset, model.num_classes)
@@ -201,7 +229,7 @@ def hint(
         if over_all:
             current = dataset if first else with_noise(state, dataset)
         else:
-            current = Dataset(*chosen_examples(state, dataset)[1:])
+            current = Dataset(*chosen_examples(in_use(state, len(dataset.labels)), dataset)[1:])
         lap = _Laps()
         train = lap("features", (features(variables, current.images), current.labels))
         group = lap("features", (features(variables, trusted.images), trusted.labels))
@@ -209,17 +237,22 @@ def hint(
         solution = lap("solve", solve(head, group, train, key))
         if config.solver != "identity":
             solvers.require_converged(solution, f"HINT's solve before epoch {epoch}")
-        if first and config.ratio < 1:
-            chosen = lap("scores", largest_scores(head, solution.value, train))
+        if first and (config.ratio < 1 or config.mass is not None):
+            chosen = lap("scores", choose(state.key, head, solution.value, train))
             state = state._replace(chosen=chosen)
-        received, perturbed, labels = chosen_examples(state, dataset)
+        num_examples = len(dataset.labels)
+        part = in_use(state, num_examples)
+        received, perturbed, labels = chosen_examples(part, dataset)
         maps = lap("pixel_maps", pixel_influence((variables, solution.value), (perturbed, labels)))
         late = config.late_epoch is not None and epoch >= config.late_epoch
-        noise, info = move(received, state.noise, maps, config.gamma / (10 if late else 1))
+        noise, info = move(received, part.noise, maps, config.gamma / (10 if late else 1))
+        if config.mass is not None:
+            info["ratio"] = len(noise) / num_examples
+            noise = state.noise.at[: len(noise)].set(noise)
         info |= {
             "residual": solution.residual,
             "solver_steps": solution.num_steps,
-            "chosen": jnp.zeros(len(dataset.labels), bool).at[state.chosen].set(True),
+            "chosen": jnp.zeros(num_examples, bool).at[part.chosen].set(True),
             **lap.seconds,
         }
         return state._replace(noise=noise), info
@@ -288,5 +321,10 @@ def _check(config):
         raise ValueError(f"beta is in units of pixels in [0, 1], not {config.beta}")
     if not 0 <= config.gamma < math.inf:
         raise ValueError(f"gamma must be finite and not negative, it is {config.gamma}")
+    if config.mass is not None:
+        if not 0 < config.mass < 1:
+            raise ValueError(f"mass must be in (0, 1), or None; it is {config.mass}")
+        if config.selection != "influence":
+            raise ValueError("mass is a share of the influence: it needs selection='influence'")
     if not config.schedule or min(config.schedule) < 0:
         raise ValueError(f"schedule must name at least one epoch >= 0, it is {config.schedule}")

@@ -81,7 +81,8 @@ def fit(
     mesh = parallel.data_mesh() if mesh is None else mesh
     defense = none() if defense is None else defense
     parallel.check_divisible(recipe.batch_size, mesh)
-    steps_per_epoch = recipes.steps_per_epoch(recipe, len(train.labels))
+    most_examples = defense.size(len(train.labels))
+    steps_per_epoch = recipes.steps_per_epoch(recipe, most_examples)
     optimizer = recipes.optimizer(recipe, steps_per_epoch)
     init_key, data_key, defense_key = jax.random.split(key, 3)
 
@@ -110,23 +111,28 @@ def fit(
         metrics["defense_seconds"] = time.perf_counter() - start
         order = epoch_order(data_key, epoch, len(dataset.labels), recipe.batch_size)
         length = None
-        if len(dataset.labels) < len(train.labels):  # the defence has dropped some
+        if len(dataset.labels) < most_examples:  # the defence has dropped some
             length = recipes.steps_per_epoch(recipe, len(dataset.labels))
-            filled = _fill_up((dataset, order), (len(train.labels), steps_per_epoch))
+            filled = _fill_up((dataset, order), (most_examples, steps_per_epoch))
             (dataset, order), state = parallel.replicate(
                 (filled, at_step(state, epoch * steps_per_epoch)), mesh
             )
         state, steps = run_epoch((dataset, defense_state, data_key), state, order, length)
         means = jax.tree.map(lambda values: float(jnp.mean(values)), steps)
-        metrics |= means | {"seconds": time.perf_counter() - start}
         if not np.isfinite(means["loss"]):
             raise solvers.DivergedError(
                 f"the training loss is {means['loss']} after epoch {epoch}: "
                 "try a smaller learning rate"
             )
+        finished = epoch + 1
+        if finished == recipe.epochs:
+            trained = time.perf_counter()
+            state = parallel.replicate(defense.finish(defense_state, state), mesh)
+            jax.block_until_ready(state)
+            metrics["defense_seconds"] += time.perf_counter() - trained
+        metrics |= means | {"seconds": time.perf_counter() - start}
         if test is not None:
             metrics["test_accuracy"] = accuracy(predict, state.variables, test)
-        finished = epoch + 1
         if report is not None:
             report(epoch, metrics)
         if checkpoints is not None and (
@@ -189,8 +195,7 @@ def train_step(
                 mutable=["batch_stats"],
                 rngs=None if bn_frozen else {"dropout": jax.random.fold_in(step_key, 2)},
             )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-            hits = jnp.argmax(logits, axis=-1) == batch.labels
+            losses, hits = losses_and_hits(logits, batch.labels)
             return jnp.mean(losses), (jnp.mean(hits), updates["batch_stats"])
 
         trained = state.params if transfer is None else state.params["head"]
@@ -203,6 +208,20 @@ def train_step(
         return state, {"loss": loss, "train_accuracy": hits}
 
     return step
+
+
+def losses_and_hits(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the cross-entropy of each example, [B], and whether its likeliest class is hit.
+
+    Args:
+      logits: float32 [B, K].
+      labels: int32 [B], or the shares of each class, float32 [B, K]: the largest is to be hit.
+    """
+    if labels.ndim == 2:
+        losses = optax.softmax_cross_entropy(logits, labels)
+        return losses, jnp.argmax(logits, axis=-1) == jnp.argmax(labels, axis=-1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses, jnp.argmax(logits, axis=-1) == labels
 
 
 def _transferred(state, transfer, optimizer):

@@ -1,0 +1,113 @@
+"""What a trusted set is good for without influence: training on it, and a new head from it.
+
+HINT is given clean labels that its rivals never see. Here are the controls for that, and what this
+library recommends: all three together.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxpoison import parallel
+from jaxpoison.data import Dataset, check_trusted, to_float
+from jaxpoison.defenses.base import Defense, chain, keep_batch, keep_epoch
+from jaxpoison.defenses.hint import RECOMMENDED, HintConfig, hint
+from jaxpoison.models import Classifier
+from jaxpoison.training import heads
+from jaxpoison.training.heads import HEAD, HeadRecipe
+
+
+def add_trusted(
+    trusted: Dataset, *, repeats: int = 1, mesh: jax.sharding.Mesh | None = None
+) -> Defense:
+    """Returns the defence that appends the trusted examples to the training set of each epoch.
+
+    In a chain it comes after those that hold something for each example.
+
+    Args:
+      trusted: M clean examples, at least two classes.
+      repeats: how often each of them is seen in an epoch.
+      mesh: devices to use; default all.
+
+    Raises:
+      ValueError: for a bad trusted set or fewer than one repeat.
+    """
+    check_trusted(trusted)
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, not {repeats}")
+    mesh = parallel.data_mesh() if mesh is None else mesh
+    trusted = parallel.replicate(trusted, mesh)
+    num_added = repeats * len(trusted.labels)
+
+    @jax.jit
+    def joined(dataset, trusted):
+        images = jnp.tile(to_float(trusted.images), (repeats, 1, 1, 1))
+        return Dataset(
+            jnp.concatenate([to_float(dataset.images), images]),
+            jnp.concatenate([dataset.labels, jnp.tile(trusted.labels, repeats)]),
+        )
+
+    def on_epoch(state, epoch, train_state, dataset):
+        return state, joined(dataset, trusted), {}
+
+    return Defense(
+        lambda key, dataset: (), on_epoch, keep_batch, size=lambda number: number + num_added
+    )
+
+
+def refit_head(model: Classifier, trusted: Dataset, recipe: HeadRecipe = HEAD) -> Defense:
+    """Returns the defence that, after training, learns the head anew from trusted examples alone.
+
+    The body stays as training left it, so poisons act through the features only.
+
+    Args:
+      model: the network that is trained.
+      trusted: clean examples, at least two classes.
+      recipe: how the head is trained; see `training.fit_head`.
+
+    Raises:
+      ValueError: for a bad trusted set.
+    """
+    check_trusted(trusted, model.num_classes)
+    fit_head = jax.jit(
+        functools.partial(heads.fit_head, num_classes=model.num_classes, recipe=recipe)
+    )
+
+    def finish(state, train_state):
+        features = heads.features(model, train_state.variables, trusted.images)
+        # On all devices, as the features are, wherever training was.
+        key, labels = parallel.replicate((state, trusted.labels), parallel.data_mesh())
+        head = fit_head(key, features, labels)
+        return train_state._replace(params={**train_state.params, "head": head})
+
+    return Defense(lambda key, dataset: key, keep_epoch, keep_batch, finish=finish)
+
+
+def recommended(
+    model: Classifier,
+    trusted: Dataset,
+    config: HintConfig = RECOMMENDED,
+    *,
+    repeats: int = 1,
+    recipe: HeadRecipe = HEAD,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Defense:
+    """Returns HINT, then the trusted examples in training, then a head learned from them anew.
+
+    Args:
+      model: the network that is trained.
+      trusted: clean examples, at least two classes.
+      config: of HINT; `RECOMMENDED` chooses its share r by the influence that it holds.
+      repeats: how often training sees each trusted example in an epoch.
+      recipe: of the head; see `refit_head`.
+      mesh: devices to use; default all.
+
+    Raises:
+      ValueError: as the three raise it.
+    """
+    return chain(
+        hint(model, trusted, config, mesh=mesh),
+        add_trusted(trusted, repeats=repeats, mesh=mesh),
+        refit_head(model, trusted, recipe),
+    )
