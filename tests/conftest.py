@@ -22,6 +22,7 @@ jax.config.update("jax_enable_x64", False)
 # slower code would cost more than its quicker compilation saves.
 COMPILE_BOUND = {
     "test_hosts",
+    "test_controls",
     "test_influence",
     "test_curvature",
     "test_solvers",
