@@ -2,14 +2,18 @@
 
 For each seed: train on clean data (the row p = 0, none; also the network that the attacks are
 crafted against), craft the poisons, train each defence on each poisoned set, and train on the
-trusted images alone. `cifar_hint.py` and `mnist_hint.py` give the settings.
+trusted images alone. Each of these models is a cell: it resumes by itself, it is trained once, and
+if it fails the others go on. `cifar_hint.py`, `mnist_hint.py`, `untargeted.py` and
+`sensitivity.py` give the settings.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
+import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +26,16 @@ import run
 import tables
 import tyro
 
-from jaxpoison import attacks, data, defenses, models, parallel, training
+from jaxpoison import attacks, data, defenses, loops, models, parallel, training
 from jaxpoison.data import Dataset, Splits, to_float
-from jaxpoison.defenses import Defense, HintConfig
+from jaxpoison.defenses import (
+    RECOMMENDED,
+    Defense,
+    EpicConfig,
+    FatConfig,
+    FriendsConfig,
+    HintConfig,
+)
 from jaxpoison.training import Checkpoints, Recipe, TrainState
 
 ATTACKS: dict[str, Callable[..., attacks.Attack]] = {
@@ -54,12 +65,26 @@ class Config:
     """Folder of tensorflow-datasets, or an .npz; default $TFDS_DATA_DIR."""
     train_examples: int | None = None
     """Use only the first so many training images."""
+    trusted_examples: int | None = None
+    """Use only the first so many trusted images."""
+    test_examples: int | None = None
+    """Use only the first so many test images."""
     attacks: tuple[Literal["pgd", "dap", "durp"], ...] = ("pgd", "dap", "durp")
     """Attacks that share the poisoned examples equally."""
     poison_ratios: tuple[float, ...] = (1.0,)
     """Shares p of the training set that are poisoned; p = 0, none is always run."""
-    defenses: tuple[Literal["none", "hint"], ...] = ("none", "hint")
-    """Defences to compare at each p."""
+    defenses: tuple[str, ...] = ("none", "hint")
+    """Defences to compare at each p, by their names in `DEFENSES`."""
+    controls: tuple[str, ...] = ()
+    """More of them, for `control_ratios` alone."""
+    control_ratios: tuple[float, ...] = (0.0, 1.0)
+    """Those of the poison ratios at which the controls are trained."""
+    friends: FriendsConfig = dataclasses.field(default_factory=FriendsConfig)
+    """Settings of FRIENDS."""
+    fat: FatConfig = dataclasses.field(default_factory=FatConfig)
+    """Settings of adversarial training."""
+    epic: EpicConfig = dataclasses.field(default_factory=EpicConfig)
+    """Settings of EPIC."""
     seeds: tuple[int, ...] = (0,)
     """One independent repetition each: split, poisons, initial weights, order."""
     trusted_epochs: int = 300
@@ -72,6 +97,77 @@ class Config:
     """Compute the body of the network in bfloat16."""
     checkpoint_every: int = 5
     """Epochs from one checkpoint to the next."""
+
+
+# Which of a cell's settings may differ from run to run of a folder: they only choose cells.
+SELECTION = (
+    "defenses",
+    "controls",
+    "poison_ratios",
+    "control_ratios",
+    "seeds",
+)
+
+
+def _hint(**changes: Any) -> Callable[..., Defense]:
+    """Returns HINT as configured, but for `changes`."""
+
+    def make(config: Config, model: models.Classifier, trusted: Dataset) -> Defense:
+        return defenses.hint(model, trusted, dataclasses.replace(config.hint, **changes))
+
+    return make
+
+
+def _hint_identity(config: Config, model: models.Classifier, trusted: Dataset) -> Defense:
+    # Where curvature is small, (H + damping I)^-1 v is v / damping: steps of that length.
+    gamma = config.hint.gamma / config.hint.damping
+    return _hint(solver="identity", gamma=gamma)(config, model, trusted)
+
+
+def _recommended(config: Config, model: models.Classifier, trusted: Dataset) -> Defense:
+    of_hint = dataclasses.replace(config.hint, ratio=RECOMMENDED.ratio, mass=RECOMMENDED.mass)
+    return defenses.recommended(model, trusted, of_hint)
+
+
+def _friends(kind: Literal["bernoulli", "uniform", "gaussian"]) -> Callable[..., Defense]:
+    return lambda config, model, trusted: defenses.friends(
+        model, dataclasses.replace(config.friends, random=kind)
+    )
+
+
+def _random_noise(config: Config, model: models.Classifier, trusted: Dataset) -> Defense:
+    return defenses.fixed_noise(config.hint.beta, config.hint.ratio)
+
+
+NOISE_PICTURE = "noise.png"
+RATIOS, BETAS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0), (0.031, 0.062, 0.125, 0.25)
+
+DEFENSES: dict[str, Callable[[Config, models.Classifier, Dataset], Defense]] = {
+    "none": lambda config, model, trusted: defenses.none(),
+    "hint": _hint(),
+    "atda": lambda config, model, trusted: defenses.adversarial_training(model, config.fat),
+    "friends": _friends("bernoulli"),
+    "epic": lambda config, model, trusted: defenses.epic(model, config.epic),
+    "recommended": _recommended,
+    # Controls
+    "trusted_added": lambda config, model, trusted: defenses.add_trusted(trusted),
+    "head_refit": lambda config, model, trusted: defenses.refit_head(model, trusted),
+    "random_noise": _random_noise,
+    "hint_random": _hint(selection="random"),
+    "hint_identity": _hint_identity,
+    "hint_sign": _hint(step="sign"),
+    "hint_mass": _hint(ratio=RECOMMENDED.ratio, mass=RECOMMENDED.mass),
+    "friends_uniform": _friends("uniform"),
+    "friends_gaussian": _friends("gaussian"),
+    "jpeg": lambda config, model, trusted: defenses.jpeg(),
+    "grey": lambda config, model, trusted: defenses.grey(),
+    "mixup": lambda config, model, trusted: defenses.mixup(model.num_classes),
+    "cutmix": lambda config, model, trusted: defenses.cutmix(model.num_classes),
+    # Table IV
+    **{f"hint_r{ratio:g}": _hint(ratio=ratio) for ratio in RATIOS},
+    **{f"hint_beta{beta:g}": _hint(beta=beta) for beta in BETAS},
+}
+"""From settings, network and trusted set to the defence; by the names that cells go by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +184,11 @@ class Cell:
             return f"seed{self.seed}-trusted"
         return f"seed{self.seed}-p{self.poison_ratio:g}-{self.defense}"
 
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Cell":
+        """Returns the cell that a row of results is about."""
+        return cls(row["seed"], row["poison_ratio"], row["defense"])
+
     @property
     def key(self) -> jax.Array:
         """The same for all defences at one p: they differ in nothing but the defence."""
@@ -96,6 +197,8 @@ class Cell:
 
 def main(presets: dict[str, Config], description: str | None) -> None:
     """Runs the command line: `--preset NAME`, then any setting of `Config` as a flag.
+
+    Without a name it is the last preset on CPU, elsewhere the first.
 
     The flags of several processes are no part of `Config`: a run may go on with others.
     """
@@ -113,12 +216,13 @@ def main(presets: dict[str, Config], description: str | None) -> None:
     try:
         with joined:
             # Only now may the devices be asked for.
-            preset = options.preset or ("quick" if jax.default_backend() == "cpu" else "paper")
+            on_cpu = jax.default_backend() == "cpu"
+            preset = options.preset or list(presets)[-1 if on_cpu else 0]
             description = (
-                f"{description}\n--preset {{{','.join(presets)}}} sets all defaults "
-                f"(now: {preset}).\n\nOn several hosts (docs/hosts.md): --distributed on SLURM, "
-                "Kubernetes and TPU pods; elsewhere --coordinator ADDRESS:PORT --num-processes N "
-                "--process-id I."
+                f"{description}\nDefences: {', '.join(DEFENSES)}.\n\n"
+                f"--preset {{{','.join(presets)}}} sets all defaults (now: {preset}).\n\n"
+                "On several hosts (docs/hosts.md): --distributed on SLURM, Kubernetes and TPU "
+                "pods; elsewhere --coordinator ADDRESS:PORT --num-processes N --process-id I."
             )
             study(tyro.cli(Config, args=rest, default=presets[preset], description=description))
     except (ValueError, OSError, RuntimeError) as error:
@@ -126,8 +230,14 @@ def main(presets: dict[str, Config], description: str | None) -> None:
 
 
 def study(config: Config) -> None:
-    """Trains every cell, prints the table and draws the picture."""
-    output = run.Run(config.run_dir, dataclasses.asdict(config))
+    """Trains every cell, prints the table and draws the pictures.
+
+    Raises:
+      RuntimeError: at the end, if cells failed; their errors are in the table and in the results.
+    """
+    settings = dataclasses.asdict(config)
+    lasting = {name: value for name, value in settings.items() if name not in SELECTION}
+    output = run.Run(config.run_dir, lasting)
     model = build_model(config)
     check(config, model)
     cells = [cell for seed in config.seeds for cell in cells_of(config, seed)]
@@ -138,25 +248,48 @@ def study(config: Config) -> None:
         for cell in cells:
             splits = load(config, cell.seed)
             row = output.finished(cell.name)
-            if row is None:
-                row = train_cell(config, output, meter, done, model, splits, cell)
+            if row is None or "error" in row:
+                row = attempt(config, output, meter, done, model, splits, cell)
                 output.finish(cell.name, row)
+                if cell != Cell(cell.seed, 0.0, "none") and "error" not in row:
+                    # FRIENDS keeps 600 MB for CIFAR-10; of the clean network poisons are crafted.
+                    folder = checkpoint_folder(output, cell)
+                    parallel.on_main(functools.partial(shutil.rmtree, folder))
             done += budgets[cell]
             rows.append(row)
     attack = f"{' + '.join(config.attacks).upper()} within ±{255 * config.epsilon:.3g}/255"
     text = tables.comparison(rows, config.dataset, config.data, attack, source)
     run.say("\n" + text)
-    output.write_result(rows, text, source=source)
-    pictured = [cell for cell in cells if cell.defense == "hint" and cell.poison_ratio > 0]
-    if pictured:
-        path = draw(config, output, model, pictured[0])
+    output.write_result(rows, text, kind="untargeted", source=source, attack=attack)
+    pictures(config, output, rows)
+    for path in sorted(config.run_dir.glob("*.png")):
         run.say(f"picture: {path}")
+    failed = [row for row in rows if "error" in row]
+    if failed:
+        listing = "; ".join(f"{Cell.of(row).name}: {row['error']}" for row in failed)
+        raise RuntimeError(
+            f"{len(failed)} of {len(rows)} cells failed and the same command tries them again: "
+            f"{listing}"
+        )
+
+
+def attempt(config, output, meter, done, model, splits: Splits, cell: Cell) -> dict[str, Any]:
+    """Returns a cell's row of results, or, if training it failed, a row with its `error`."""
+    try:
+        return train_cell(config, output, meter, done, model, splits, cell)
+    except Exception as error:  # of whatever kind: the cells after it are none the worse
+        run.say(traceback.format_exc())
+        return {**dataclasses.asdict(cell), "error": f"{type(error).__name__}: {error}"}
 
 
 def cells_of(config: Config, seed: int) -> list[Cell]:
     """Returns the models of one seed, in an order in which each finds what it needs."""
     clean = Cell(seed, 0.0, "none")
-    others = [Cell(seed, p, name) for p in config.poison_ratios for name in config.defenses]
+    others = [
+        Cell(seed, p, name)
+        for p in config.poison_ratios
+        for name in config.defenses + (config.controls if p in config.control_ratios else ())
+    ]
     return [clean, *(cell for cell in others if cell != clean), Cell(seed, 0.0, "trusted")]
 
 
@@ -189,7 +322,12 @@ def train_cell(config, output, meter, done, model, splits: Splits, cell: Cell) -
             done + epoch + 1,
         )
 
-    fit(config, output, model, splits, cell, recipe, train, report)
+    state = fit(config, output, model, splits, cell, recipe, train, report)
+    save_predictions(output, model, state, splits, cell)
+    if cell.defense == "hint" and cell.poison_ratio > 0:
+        path = output.folder / NOISE_PICTURE
+        if not parallel.on_main(path.exists):
+            draw_noise(config, output, model, cell, path)
     history = output.metrics(cell.name)
     return {
         **dataclasses.asdict(cell),
@@ -223,17 +361,89 @@ def fit(config, output, model, splits, cell, recipe, train, report=None) -> Trai
 def checkpoints_of(config: Config, output: run.Run, cell: Cell) -> Checkpoints:
     """Returns the checkpoints of a cell."""
     return Checkpoints(
-        output.folder / "checkpoints" / cell.name,
+        checkpoint_folder(output, cell),
         every=config.checkpoint_every,
         identity=f"{cell} {output.config}",
     )
 
 
+def checkpoint_folder(output: run.Run, cell: Cell) -> Path:
+    """Returns where the checkpoints of a cell are."""
+    return output.folder / "checkpoints" / cell.name
+
+
 def defense_of(config: Config, model: models.Classifier, splits: Splits, cell: Cell) -> Defense:
     """Returns the defence of a cell."""
-    if cell.defense == "hint":
-        return defenses.hint(model, splits.validation, config.hint)
-    return defenses.none()
+    name = "none" if cell.defense == "trusted" else cell.defense
+    return DEFENSES[name](config, model, splits.validation)
+
+
+def save_predictions(output, model, state: TrainState, splits: Splits, cell: Cell) -> None:
+    """Saves what a trained network says of the test images, and how sure it is."""
+
+    def predict(variables, images):
+        shares = jax.nn.softmax(model.apply(variables, to_float(images)))
+        return jnp.argmax(shares, axis=-1), jnp.max(shares, axis=-1)
+
+    mesh = parallel.data_mesh()
+    predict_all = loops.map_batches(predict, batch_size=512, mesh=mesh)
+    images = parallel.replicate(splits.test.images, mesh)
+    labels, confidences = map(parallel.to_host, predict_all(state.variables, images))
+
+    def save():
+        path = prediction_file(output, cell)
+        path.parent.mkdir(exist_ok=True)
+        np.savez_compressed(
+            path, labels=labels.astype(np.uint8), confidences=confidences.astype(np.float16)
+        )
+
+    parallel.on_main(save)
+
+
+def prediction_file(output: run.Run, cell: Cell) -> Path:
+    """Returns where the predictions of a cell are."""
+    return output.folder / "predictions" / f"{cell.name}.npz"
+
+
+def pictures(config: Config, output: run.Run, rows: list[dict[str, Any]]) -> None:
+    """Draws accuracy over p, and predictions at the largest p (Figure 2)."""
+    cells = [Cell.of(row) for row in tables.trained(rows) if row["defense"] in config.defenses]
+    worst = max((cell.poison_ratio for cell in cells), default=0.0)
+    if worst > 0:
+        shown = [cell for cell in cells if cell.poison_ratio == worst]
+        shown = [cell for cell in shown if cell.seed == shown[0].seed]
+        draw_predictions(config, output, shown)
+    if len({cell.poison_ratio for cell in cells}) > 2:
+        names = set(config.defenses)
+        curves = tables.curves([row for row in rows if row["defense"] in names], config.dataset)
+        path = output.folder / "accuracy.png"
+        parallel.on_main(lambda: figures.accuracy(path, curves))
+
+
+def draw_predictions(config: Config, output: run.Run, cells: list[Cell]) -> None:
+    """Draws test images with what each defence's network sees, as the paper's Figure 2 does.
+
+    One image of each of five classes, the first that the first cell's network gets wrong.
+    """
+    splits = load(config, cells[0].seed)
+
+    def write():
+        seen = {}
+        for cell in cells:
+            with np.load(prediction_file(output, cell)) as archive:
+                seen[tables.LABELS[cell.defense]] = archive["labels"], archive["confidences"]
+        wrong = np.flatnonzero(next(iter(seen.values()))[0] != splits.test.labels)
+        _, first = np.unique(splits.test.labels[wrong], return_index=True)
+        shown = wrong[np.sort(first)[:5]]
+        figures.predictions(
+            output.folder / "predictions.png",
+            Dataset(*(field[shown] for field in splits.test)),
+            {name: (labels[shown], sure[shown]) for name, (labels, sure) in seen.items()},
+            class_names=splits.class_names,
+            title=f"Test images, and what networks trained at p = {cells[0].poison_ratio:g} see",
+        )
+
+    parallel.on_main(write)
 
 
 def poisons(config, output, meter, done, model, splits, cell) -> attacks.PoisonedDataset:
@@ -265,7 +475,9 @@ def poisons(config, output, meter, done, model, splits, cell) -> attacks.Poisone
     return parallel.on_all(lambda: attacks.load(path, num_classes=model.num_classes))
 
 
-def draw(config: Config, output: run.Run, model: models.Classifier, cell: Cell) -> Path:
+def draw_noise(
+    config: Config, output: run.Run, model: models.Classifier, cell: Cell, picture: Path
+) -> None:
     """Draws examples that HINT changed, in the manner of the paper's Figure 1."""
     splits = load(config, cell.seed)
     path = output.folder / "poisons" / f"seed{cell.seed}-p{cell.poison_ratio:g}.npz"
@@ -286,10 +498,9 @@ def draw(config: Config, output: run.Run, model: models.Classifier, cell: Cell) 
         parallel.to_host(predict(state.variables, images))
         for images in (received.images, perturbed)
     )
-    path = output.folder / "noise.png"
     parallel.on_main(
         lambda: figures.healthy_noise(
-            path,
+            picture,
             received,
             added,
             perturbed,
@@ -298,7 +509,6 @@ def draw(config: Config, output: run.Run, model: models.Classifier, cell: Cell) 
             beta=config.hint.beta,
         )
     )
-    return path
 
 
 @functools.lru_cache(maxsize=1)  # the cells of a seed follow each other
@@ -310,11 +520,17 @@ def load(config: Config, seed: int) -> Splits:
         splits = parallel.on_all(
             lambda: data.load(config.dataset, data_dir=config.data_dir, seed=seed)
         )
-    if config.train_examples is not None:
-        splits = splits._replace(
-            train=Dataset(*(field[: config.train_examples] for field in splits.train))
-        )
-    return splits
+    sizes = {
+        "train": config.train_examples,
+        "validation": config.trusted_examples,
+        "test": config.test_examples,
+    }
+    return splits._replace(
+        **{
+            part: Dataset(*(field[:size] for field in getattr(splits, part)))
+            for part, size in sizes.items()
+        }
+    )
 
 
 def build_model(config: Config) -> models.Classifier:
@@ -341,7 +557,7 @@ def check(config: Config, model: models.Classifier) -> None:
     """Raises ValueError for settings that would fail only after work was done."""
     if not config.seeds:
         raise ValueError("name at least one seed")
-    for ratio in config.poison_ratios:
+    for ratio in (*config.poison_ratios, *config.control_ratios):
         if not 0 <= ratio <= 1:
             raise ValueError(f"poison ratios p must be in [0, 1], not {ratio}")
     if not config.attacks and any(config.poison_ratios):
@@ -349,11 +565,22 @@ def check(config: Config, model: models.Classifier) -> None:
     parallel.check_divisible(config.recipe.batch_size, parallel.data_mesh())
     for name in config.attacks:
         ATTACKS[name](epsilon=config.epsilon)
-    if "hint" in config.defenses and max(config.hint.schedule, default=0) >= config.recipe.epochs:
+    names = config.defenses + config.controls
+    unknown = [name for name in names if name not in DEFENSES]
+    if unknown:
+        raise ValueError(f"unknown defences: {', '.join(unknown)}; there are {', '.join(DEFENSES)}")
+    with_hint = any(name == "recommended" or name.startswith("hint") for name in names)
+    if with_hint and max(config.hint.schedule, default=0) >= config.recipe.epochs:
         raise ValueError(
             f"HINT's schedule {config.hint.schedule} goes beyond the {config.recipe.epochs} epochs"
         )
+    for family, first in (("friends", config.friends.epoch), ("epic", config.epic.start)):
+        if any(name.startswith(family) for name in names) and first >= config.recipe.epochs:
+            raise ValueError(
+                f"{tables.LABELS[family]} would begin at epoch {first} of {config.recipe.epochs}, "
+                f"so never: set --{family}.{'epoch' if family == 'friends' else 'start'}"
+            )
     splits = load(config, config.seeds[0])
-    for name in config.defenses:
+    for name in names:
         cell = Cell(config.seeds[0], 0.0, name)
         defense_of(config, model, splits, cell).init(cell.key, splits.train)

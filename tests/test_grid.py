@@ -1,0 +1,309 @@
+"""The grid, its tables and its pictures: programs as a user runs them, at the smallest scale."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from jaxpoison import models
+from jaxpoison.data import load_embedded
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+import cost
+import figures
+import sensitivity
+import study
+import tables
+import untargeted
+
+TINY = (
+    *("--preset", "mnist-laptop", "--train-examples", "128", "--test-examples", "64"),
+    *("--trusted-examples", "64", "--recipe.batch-size", "64", "--recipe.epochs", "2"),
+    *("--hint.schedule", "1", "--trusted-epochs", "1", "--attacks", "durp", "--seeds", "0"),
+)
+GRID = (
+    *("--poison-ratios", "1", "--defenses", "none", "recommended"),
+    *("--controls", "mixup", "--control-ratios", "1"),
+)
+
+
+def run(cwd, script, *flags):
+    return subprocess.run(
+        [sys.executable, str(EXPERIMENTS / script), *flags],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        # Quick compilation: what is compiled here runs a few times.
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        cwd=cwd,
+    )
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """A grid in which poisons cannot be read at first, and the same command after that."""
+    folder = tmp_path_factory.mktemp("grid")
+    run_dir = folder / "runs" / "tiny"
+    archive = run_dir / "poisons" / "seed0-p1.npz"
+    archive.parent.mkdir(parents=True)
+    archive.write_text("no archive")
+    command = ("untargeted.py", "--run-dir", str(run_dir), *TINY, *GRID)
+    first = run(folder, *command)
+    rows = json.loads((run_dir / "result.json").read_text())["rows"]
+    archive.unlink()
+    second = run(folder, *command)
+    return run_dir, (first, rows), second
+
+
+CELLS = [(0, "none"), (1, "none"), (1, "recommended"), (1, "mixup"), (0, "trusted")]
+
+
+def test_a_failure_is_recorded_and_does_not_stop_the_grid(grid):
+    _, (done, rows), _ = grid
+    assert done.returncode == 1
+    assert [(row["poison_ratio"], row["defense"]) for row in rows] == CELLS
+    for row in rows:
+        if row["poison_ratio"] == 1:
+            assert "not a readable archive" in row["error"] and "test_accuracy" not in row
+        else:
+            assert 0 <= row["test_accuracy"] <= 1 and "error" not in row
+    assert "3 of 5 cells failed" in done.stderr
+    assert "| 1 | MixUp | failed | 0 |" in done.stdout
+
+
+def test_the_same_command_trains_what_failed_and_nothing_else(grid):
+    run_dir, (_, first), done = grid
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((run_dir / "result.json").read_text())["rows"]
+    assert [(row["poison_ratio"], row["defense"]) for row in rows] == CELLS
+    assert rows[0] == first[0] and rows[-1] == first[-1]
+    assert all(0 <= row["test_accuracy"] <= 1 for row in rows)
+    epochs = [line for line in done.stdout.splitlines() if ": epoch " in line]
+    assert {line.split(":")[0] for line in epochs} == {
+        "seed0-p1-none", "seed0-p1-recommended", "seed0-p1-mixup"
+    }  # fmt: skip
+    assert rows[2]["num_train"] == 128  # as collected, not as defended
+    # Of all checkpoints, only those of the clean network are needed again.
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["seed0-p0-none"]
+
+
+def test_a_smaller_choice_of_the_same_grid_runs_nothing(grid):
+    run_dir, _, second = grid
+    assert second.returncode == 0
+    less = ("--poison-ratios", "1", "--defenses", "recommended", "--control-ratios", "0")
+    done = run(run_dir.parent, "untargeted.py", "--run-dir", str(run_dir.with_name("tiny")),
+               *TINY, *less)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ": epoch " not in done.stdout
+    assert "| 1 | recommended |" in done.stdout and "MixUp" not in done.stdout
+
+
+def test_predictions_are_those_of_the_accuracy_in_the_table(grid):
+    run_dir, _, _ = grid
+    assert (run_dir / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    labels = load_embedded("mnist").test.labels[:64]
+    for row in json.loads((run_dir / "result.json").read_text())["rows"]:
+        with np.load(run_dir / "predictions" / f"{study.Cell.of(row).name}.npz") as archive:
+            assert np.mean(archive["labels"] == labels) == pytest.approx(row["test_accuracy"])
+            assert np.all(archive["confidences"] >= 0.1) and np.all(archive["confidences"] <= 1)
+
+
+def test_tables_of_a_grid_are_written_as_markdown_and_latex(grid):
+    run_dir, _, _ = grid
+    (run_dir / "notes.md").write_text("What to make of it.")
+    page, latex = run_dir.parent / "page.md", run_dir.parent / "tables.tex"
+    done = run(run_dir, "tables.py", "--results", str(run_dir.parent), "--out", str(page),
+               "--latex", str(latex))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert "## tiny" in text and "What to make of it." in text and "predictions.png" in text
+    assert "| MixUp | not run |" in text and "| 1 | ours |" in text
+    assert "74.62 ± 0.94" in text
+    assert r"74.62 $\pm$ 0.94" in latex.read_text()
+    for body in (text, latex.read_text()):
+        assert str(run_dir.parents[1]) not in body.replace(str(run_dir), "")
+
+
+def test_sensitivity_runs(tmp_path):
+    done = run(tmp_path, "sensitivity.py", "--run-dir", "run", *TINY, "--defenses", "hint_r0.25")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    table = tables.table_IV(result)
+    assert [row[0] for row in table.rows] == ["r = 0.25"]
+    assert table.rows[0][2] == "97.13 ± 0.03"
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    (update,) = [line for line in lines if "residual" in line]
+    assert update["poison_recall"] <= 0.25 * 128 / 77 + 1e-6
+
+
+def test_cost_adds_up_and_goes_on(tmp_path):
+    flags = ("--dataset", "mnist", "--examples", "256", "--rounds", "1", "--run-dir", "run")
+    names = ("--defenses", "hint_r0.5", "friends")
+    done = run(tmp_path, "cost.py", *flags, *names)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    plain, hint, friends = result["rows"]
+    assert [row["defense"] for row in result["rows"]] == ["none", "hint_r0.5", "friends"]
+    assert plain["ratio"] == pytest.approx(1, abs=0.1) and plain["num_events"] == 0
+    assert hint["num_events"] == 2 and friends["num_events"] == 1
+    for row in (hint, friends):
+        parts = row["num_events"] * row["event_epochs"]
+        parts += (30 - row["num_events"]) * row["ordinary_epochs"]
+        assert row["ratio"] == pytest.approx(row["step_ratio"] + parts / 30)
+    assert hint["counted"] == pytest.approx(1 + 2 * (1 + 2 * 0.5) / (3 * 30))
+    assert "| FRIENDS |" in done.stdout
+    again = run(tmp_path, "cost.py", *flags, *names)
+    assert again.returncode == 0 and "compiled" not in again.stdout
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["rows"] == result["rows"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--defenses", "none", "magic"), "unknown defences: magic; there are none, hint"),
+        (("--controls", "grey"), "leave this defence out"),
+        (("--defenses", "friends", "--friends.epoch", "2"), "so never: set --friends.epoch"),
+        (("--control-ratios", "-1"), "poison ratios p must be in [0, 1], not -1"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(tmp_path, capsys, monkeypatch, flags, message):
+    command = ["untargeted.py", "--run-dir", str(tmp_path / "run"), *TINY, *flags]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        study.main(untargeted.PRESETS, untargeted.__doc__)
+    assert message in " ".join(str(stopped.value).split())
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+class Body(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        return nn.Dense(3)(x.reshape(x.shape[0], -1))
+
+
+@pytest.mark.parametrize("preset", [*untargeted.PRESETS, *sensitivity.PRESETS])
+def test_presets_name_defences_that_can_be_built(preset):
+    presets = {**untargeted.PRESETS, **{f"r-{k}": v for k, v in sensitivity.PRESETS.items()}}
+    config = presets[preset]
+    splits = load_embedded(config.dataset)
+    model = models.Classifier(Body(), num_features=3)
+    for name in config.defenses + config.controls:
+        assert name in study.DEFENSES and tables.label(name)
+        study.defense_of(config, model, splits, study.Cell(0, 1.0, name))
+    names = [cell.name for seed in config.seeds for cell in study.cells_of(config, seed)]
+    assert len(names) == len(set(names))
+
+
+def test_variants_of_hint_differ_in_what_their_names_say():
+    made = {}
+
+    def note(model, trusted, config):
+        return config
+
+    config = untargeted.MNIST_LAPTOP
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study.defenses, "hint", note)
+        for name in ("hint", "hint_sign", "hint_random", "hint_mass", "hint_r0.1", "hint_beta0.125",
+                     "hint_identity"):  # fmt: skip
+            made[name] = study.DEFENSES[name](config, None, None)
+    changed = {
+        name: {
+            field.name: getattr(other, field.name)
+            for field in dataclasses.fields(other)
+            if getattr(other, field.name) != getattr(made["hint"], field.name)
+        }
+        for name, other in made.items()
+    }
+    assert changed == {
+        "hint": {},
+        "hint_sign": {"step": "sign"},
+        "hint_random": {"selection": "random"},
+        "hint_mass": {"ratio": 1.0, "mass": 0.9},
+        "hint_r0.1": {"ratio": 0.1},
+        "hint_beta0.125": {"beta": 0.125},
+        "hint_identity": {"solver": "identity", "gamma": 0.2},
+    }
+
+
+def row(ratio, defense, accuracy, seed=0, **more):
+    values = {"seed": seed, "poison_ratio": ratio, "defense": defense, "num_train": 100}
+    return {**values, "test_accuracy": accuracy, "train_seconds": 1.0, **more}
+
+
+def made_by_hand(rows, **more):
+    config = dataclasses.asdict(untargeted.MNIST_LAPTOP)
+    environment = {"device": "1 x cpu", "commit": "abc"}
+    return {"rows": rows, "config": config, "environment": environment, "source": "MNIST", **more}
+
+
+def test_table_II_gives_mean_and_spread_and_marks_what_is_missing():
+    failed = {"seed": 1, "poison_ratio": 1.0, "defense": "hint", "error": "ValueError: x"}
+    rows = [row(1.0, "none", value, seed) for seed, value in enumerate((0.5, 0.6, 0.7))]
+    rows += [row(1.0, "hint", 0.8), failed, {**failed, "defense": "epic"}]
+    table = tables.table_II(made_by_hand(rows, kind="untargeted"))
+    ours, paper = table.rows
+    assert ours == [
+        "1",
+        "ours",
+        "60.00 ± 10.00",
+        "80.00 (1 failed)",
+        "not run",
+        "not run",
+        "failed",
+    ]
+    assert paper[2:4] == ["74.62 ± 0.94", "88.92 ± 0.19"]
+    assert "3 seeds" in table.caption
+    assert tables.table_IV(made_by_hand(rows)) is None
+
+
+def test_table_III_counts_targets_with_wilson_intervals():
+    rows = [row(0.0, "none", 0.9, seed, attack="gm", success=seed < 15) for seed in range(20)]
+    table = tables.table_III(made_by_hand(rows, kind="targeted"))
+    assert table.rows[0] == ["GM", "none", "15 of 20 [53, 89] %", "5 of 5", "90.00 ± 0.00",
+                             "93.69 ± 0.19"]  # fmt: skip
+    assert table.rows[1][:4] == ["GM", "HINT", "not run", "0 of 5"]
+
+
+def test_wilson_intervals_are_the_published_ones():
+    # Newcombe 1998 (Statistics in Medicine 17, 857), table I, method 3.
+    for hits, trials, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
+                                    (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]:  # fmt: skip
+        np.testing.assert_allclose(tables.wilson(hits, trials), (low, high), atol=5e-5)
+    assert tables.wilson(5, 5)[1] == 1.0
+
+
+def test_the_results_page_is_that_of_the_committed_results():
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert page == tables.page(EXPERIMENTS / "results"), "run python experiments/tables.py"
+
+
+def test_accuracy_over_p_is_drawn(tmp_path):
+    rows = [row(p, name, 0.9 - p / 3) for p in (0.0, 0.5, 1.0) for name in ("none", "hint")]
+    rows.append(row(0.0, "trusted", 0.5))
+    curves = tables.curves(rows, "mnist")
+    assert list(curves) == ["none", "HINT"]
+    np.testing.assert_allclose([point[1] for point in curves["none"]], [90, 73.333, 56.667], 1e-4)
+    assert [point[3] for point in curves["none"]] == [98.44, None, 74.62]
+    figures.accuracy(tmp_path / "accuracy.png", curves)
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_counted_cost_is_what_the_papers_settings_amount_to():
+    settings = untargeted.CIFAR10_PAPER
+    passes = {name: cost.counted(settings, name, 49_000, 1_000) for name in cost.DEFENSES}
+    assert passes["none"] == 1
+    assert passes["hint_r1"] == pytest.approx(1 + 3 * 3 / 240)
+    assert passes["atda"] == pytest.approx(1 + 20 / 3)
+    assert passes["friends"] == pytest.approx(1 + 62 / 240)
+    assert cost.events(settings, "epic") == tuple(range(12, 69, 4))
+    assert passes["epic"] == pytest.approx(1 + 15 / 240)
+    assert jax.numpy.isfinite(passes["recommended"])
