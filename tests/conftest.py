@@ -23,6 +23,7 @@ jax.config.update("jax_enable_x64", False)
 COMPILE_BOUND = {
     "test_hosts",
     "test_controls",
+    "test_grid",
     "test_influence",
     "test_curvature",
     "test_solvers",

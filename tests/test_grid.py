@@ -15,9 +15,7 @@ import pytest
 from jaxpoison import models
 from jaxpoison.data import load_embedded
 
-ROOT = Path(__file__).parents[1]
-EXPERIMENTS = ROOT / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import cost
 import figures
 import sensitivity
@@ -25,6 +23,8 @@ import study
 import tables
 import untargeted
 
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
 TINY = (
     *("--preset", "mnist-laptop", "--train-examples", "128", "--test-examples", "64"),
     *("--trusted-examples", "64", "--recipe.batch-size", "64", "--recipe.epochs", "2"),
