@@ -76,6 +76,14 @@ class Run:
         """Records a cell as done."""
         parallel.on_main(lambda: write_json(self.folder / "cells" / f"{cell}.json", row))
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns what `finish` wrote, for all cells that this folder holds."""
+
+        def read():
+            return [json.loads(path.read_text()) for path in (self.folder / "cells").glob("*.json")]
+
+        return parallel.on_main(read)
+
     def log(self, cell: str, epoch: int, metrics: dict[str, float]) -> None:
         """Appends a line of metrics; replaces what a killed run logged from this epoch on."""
         if not parallel.is_main():  # they need not wait

@@ -112,46 +112,52 @@ SELECTION = (
 def _hint(**changes: Any) -> Callable[..., Defense]:
     """Returns HINT as configured, but for `changes`."""
 
-    def make(config: Config, model: models.Classifier, trusted: Dataset) -> Defense:
-        return defenses.hint(model, trusted, dataclasses.replace(config.hint, **changes))
+    def make(config: Config, model: models.Classifier, splits: Splits) -> Defense:
+        return defenses.hint(model, splits.validation, dataclasses.replace(config.hint, **changes))
 
     return make
 
 
-def _hint_identity(config: Config, model: models.Classifier, trusted: Dataset) -> Defense:
+def _hint_identity(config: Config, model: models.Classifier, splits: Splits) -> Defense:
     # Where curvature is small, (H + damping I)^-1 v is v / damping: steps of that length.
     gamma = config.hint.gamma / config.hint.damping
-    return _hint(solver="identity", gamma=gamma)(config, model, trusted)
+    return _hint(solver="identity", gamma=gamma)(config, model, splits)
 
 
-def _recommended(config: Config, model: models.Classifier, trusted: Dataset) -> Defense:
+def _recommended(config: Config, model: models.Classifier, splits: Splits) -> Defense:
     of_hint = dataclasses.replace(config.hint, ratio=RECOMMENDED.ratio, mass=RECOMMENDED.mass)
-    return defenses.recommended(model, trusted, of_hint)
+    return defenses.recommended(model, splits.validation, of_hint)
+
+
+def _trusted_even(config: Config, model: models.Classifier, splits: Splits) -> Defense:
+    repeats = max(1, round(len(splits.train.labels) / len(splits.validation.labels)))
+    return defenses.add_trusted(splits.validation, repeats=repeats)
 
 
 def _friends(kind: Literal["bernoulli", "uniform", "gaussian"]) -> Callable[..., Defense]:
-    return lambda config, model, trusted: defenses.friends(
+    return lambda config, model, splits: defenses.friends(
         model, dataclasses.replace(config.friends, random=kind)
     )
 
 
-def _random_noise(config: Config, model: models.Classifier, trusted: Dataset) -> Defense:
+def _random_noise(config: Config, model: models.Classifier, splits: Splits) -> Defense:
     return defenses.fixed_noise(config.hint.beta, config.hint.ratio)
 
 
 NOISE_PICTURE = "noise.png"
 RATIOS, BETAS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0), (0.031, 0.062, 0.125, 0.25)
 
-DEFENSES: dict[str, Callable[[Config, models.Classifier, Dataset], Defense]] = {
-    "none": lambda config, model, trusted: defenses.none(),
+DEFENSES: dict[str, Callable[[Config, models.Classifier, Splits], Defense]] = {
+    "none": lambda config, model, splits: defenses.none(),
     "hint": _hint(),
-    "atda": lambda config, model, trusted: defenses.adversarial_training(model, config.fat),
+    "atda": lambda config, model, splits: defenses.adversarial_training(model, config.fat),
     "friends": _friends("bernoulli"),
-    "epic": lambda config, model, trusted: defenses.epic(model, config.epic),
+    "epic": lambda config, model, splits: defenses.epic(model, config.epic),
     "recommended": _recommended,
     # Controls
-    "trusted_added": lambda config, model, trusted: defenses.add_trusted(trusted),
-    "head_refit": lambda config, model, trusted: defenses.refit_head(model, trusted),
+    "trusted_added": lambda config, model, splits: defenses.add_trusted(splits.validation),
+    "trusted_even": _trusted_even,
+    "head_refit": lambda config, model, splits: defenses.refit_head(model, splits.validation),
     "random_noise": _random_noise,
     "hint_random": _hint(selection="random"),
     "hint_identity": _hint_identity,
@@ -159,15 +165,16 @@ DEFENSES: dict[str, Callable[[Config, models.Classifier, Dataset], Defense]] = {
     "hint_mass": _hint(ratio=RECOMMENDED.ratio, mass=RECOMMENDED.mass),
     "friends_uniform": _friends("uniform"),
     "friends_gaussian": _friends("gaussian"),
-    "jpeg": lambda config, model, trusted: defenses.jpeg(),
-    "grey": lambda config, model, trusted: defenses.grey(),
-    "mixup": lambda config, model, trusted: defenses.mixup(model.num_classes),
-    "cutmix": lambda config, model, trusted: defenses.cutmix(model.num_classes),
+    "jpeg": lambda config, model, splits: defenses.jpeg(),
+    "grey": lambda config, model, splits: defenses.grey(),
+    "mixup": lambda config, model, splits: defenses.mixup(model.num_classes),
+    "cutmix": lambda config, model, splits: defenses.cutmix(model.num_classes),
     # Table IV
     **{f"hint_r{ratio:g}": _hint(ratio=ratio) for ratio in RATIOS},
     **{f"hint_beta{beta:g}": _hint(beta=beta) for beta in BETAS},
 }
-"""From settings, network and trusted set to the defence; by the names that cells go by."""
+"""From settings, network and data to the defence, by the names that cells go by. Of the data they
+use the trusted part, and how many others there are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +251,7 @@ def study(config: Config) -> None:
     budgets = {cell: epochs_of(config, cell) for cell in cells}
     source = load(config, config.seeds[0]).source
     with run.Meter(sum(budgets.values())) as meter:
-        done, rows = 0, []
+        done = 0
         for cell in cells:
             splits = load(config, cell.seed)
             row = output.finished(cell.name)
@@ -256,7 +263,7 @@ def study(config: Config) -> None:
                     folder = checkpoint_folder(output, cell)
                     parallel.on_main(functools.partial(shutil.rmtree, folder))
             done += budgets[cell]
-            rows.append(row)
+    rows = sorted(output.rows(), key=tables.place)  # those of earlier runs in this folder, too
     attack = f"{' + '.join(config.attacks).upper()} within ±{255 * config.epsilon:.3g}/255"
     text = tables.comparison(rows, config.dataset, config.data, attack, source)
     run.say("\n" + text)
@@ -264,11 +271,12 @@ def study(config: Config) -> None:
     pictures(config, output, rows)
     for path in sorted(config.run_dir.glob("*.png")):
         run.say(f"picture: {path}")
-    failed = [row for row in rows if "error" in row]
+    asked = [row for row in rows if Cell.of(row) in budgets]
+    failed = [row for row in asked if "error" in row]
     if failed:
         listing = "; ".join(f"{Cell.of(row).name}: {row['error']}" for row in failed)
         raise RuntimeError(
-            f"{len(failed)} of {len(rows)} cells failed and the same command tries them again: "
+            f"{len(failed)} of {len(asked)} cells failed and the same command tries them again: "
             f"{listing}"
         )
 
@@ -375,7 +383,7 @@ def checkpoint_folder(output: run.Run, cell: Cell) -> Path:
 def defense_of(config: Config, model: models.Classifier, splits: Splits, cell: Cell) -> Defense:
     """Returns the defence of a cell."""
     name = "none" if cell.defense == "trusted" else cell.defense
-    return DEFENSES[name](config, model, splits.validation)
+    return DEFENSES[name](config, model, splits)
 
 
 def save_predictions(output, model, state: TrainState, splits: Splits, cell: Cell) -> None:
@@ -407,15 +415,15 @@ def prediction_file(output: run.Run, cell: Cell) -> Path:
 
 def pictures(config: Config, output: run.Run, rows: list[dict[str, Any]]) -> None:
     """Draws accuracy over p, and predictions at the largest p (Figure 2)."""
-    cells = [Cell.of(row) for row in tables.trained(rows) if row["defense"] in config.defenses]
+    rows = [row for row in tables.trained(rows) if row["defense"] in config.defenses]
+    cells = [Cell.of(row) for row in rows]
     worst = max((cell.poison_ratio for cell in cells), default=0.0)
     if worst > 0:
         shown = [cell for cell in cells if cell.poison_ratio == worst]
         shown = [cell for cell in shown if cell.seed == shown[0].seed]
         draw_predictions(config, output, shown)
     if len({cell.poison_ratio for cell in cells}) > 2:
-        names = set(config.defenses)
-        curves = tables.curves([row for row in rows if row["defense"] in names], config.dataset)
+        curves = tables.curves(rows, config.dataset)
         path = output.folder / "accuracy.png"
         parallel.on_main(lambda: figures.accuracy(path, curves))
 

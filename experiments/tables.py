@@ -11,6 +11,7 @@ hence of one scale. Numbers are mean ± standard deviation over seeds; what did 
 import argparse
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ LABELS = {
     **PAPER_DEFENSES,
     "recommended": "recommended",
     "trusted_added": "trusted set added",
+    "trusted_even": "trusted set added, as often",
     "head_refit": "head refit on the trusted set",
     "random_noise": "random noise of HINT's size",
     "hint_random": "HINT, random selection",
@@ -267,6 +269,12 @@ def trained(rows: Rows) -> list[dict[str, Any]]:
     return [row for row in rows if "error" not in row]
 
 
+def place(row: dict[str, Any]) -> tuple:
+    """Returns a key by which rows of a study are in order: by seed, p, and defence."""
+    trusted, defense = row["defense"] == "trusted", row["defense"]
+    return row["seed"], *_order(((trusted, row["poison_ratio"], defense), ()))
+
+
 def label(defense: str) -> str:
     """Returns the name of a defence for people."""
     for prefix, symbol in SENSITIVITY.items():
@@ -306,13 +314,17 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def page(folder: Path) -> str:
-    """Returns the results page: for each results file its notes and its tables."""
+def page(folder: Path, where: Path) -> str:
+    """Returns the results page, to stand in `where`: the notes and tables of each results file."""
+
+    def link(path):
+        return Path(os.path.relpath(path, where)).as_posix()
+
     parts = [
         "# Results",
         "",
         "Made by `python experiments/tables.py` from the files in "
-        f"[`{_relative(folder)}`](../{_relative(folder)}); do not edit. Accuracy is that after the "
+        f"[{folder.name}]({link(folder)}); do not edit. Accuracy is that after the "
         "last epoch, mean ± standard deviation over seeds. The paper is HINT, arXiv 2309.08549: "
         "full sets, 5 trials, and a fourth attack (DeepConfuse) in its mixture of poisons.",
         "",
@@ -328,7 +340,7 @@ def page(folder: Path) -> str:
                 where = f"seed {row['seed']}, p = {row['poison_ratio']:g}, {label(row['defense'])}"
                 parts += [f"Failed: {where}: {row['error']}", ""]
         for picture in sorted(path.parent.glob("*.png")):
-            parts += [f"![{picture.stem}](../{_relative(picture)})", ""]
+            parts += [f"![{picture.stem}]({link(picture)})", ""]
     return "\n".join(parts)
 
 
@@ -357,7 +369,7 @@ def main() -> None:
     found = list(results(options.results))
     if not found:
         parser.error(f"no result.json with tables in the folders of {options.results}")
-    options.out.write_text(page(options.results))
+    options.out.write_text(page(options.results, options.out.parent))
     print(f"{options.out}: {', '.join(path.parent.name for path, _ in found)}")
     if options.latex is not None:
         tables = [table.latex() for _, result in found for table in tables_of(result)]
@@ -376,8 +388,9 @@ def _setting(result):
         network = f", ResNet of width {config['width']} and blocks {blocks}"
     budget = f"±{255 * config['epsilon']:.3g}/255"
     attack = result.get("attack") or f"{' + '.join(config['attacks']).upper()} within {budget}"
+    source = result["source"][0].upper() + result["source"][1:]
     return (
-        f"{result['source']}, up to {largest['num_train']:,} training images{network}, "
+        f"{source}, up to {largest['num_train']:,} training images{network}, "
         f"{config['recipe']['epochs']} epochs; {attack}; {seeds} seed{'s' * (seeds != 1)}; "
         f"{_device(result)}."
     )
@@ -432,10 +445,6 @@ def _is_number(text):
     except ValueError:
         return False
     return True
-
-
-def _relative(path):
-    return path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path
 
 
 def _escape(text):

@@ -25,6 +25,7 @@ from jaxpoison.training import CIFAR10, MNIST
 RIVALS = ("none", "hint", "atda", "friends", "epic", "recommended")
 CONTROLS = (
     "trusted_added",
+    "trusted_even",
     "head_refit",
     "random_noise",
     "hint_random",
