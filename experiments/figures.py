@@ -100,10 +100,10 @@ def predictions(
             if column == 0:
                 text.text(-0.05, height, name, ha="right", va="center", fontsize=8,
                           transform=text.transAxes)  # fmt: skip
-            text.text(0.5, height, f"{class_names[label]} {100 * float(sure[column]):.0f} %",
+            text.text(0.5, height, f"{class_names[label]} ({100 * float(sure[column]):.0f} %)",
                       ha="center", va="center", fontsize=8, color=colour,
                       transform=text.transAxes)  # fmt: skip
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, y=1.02)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
