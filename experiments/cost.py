@@ -108,8 +108,9 @@ def measure(config: Config, run_dir: Path) -> None:
             run.say(f"{name}: compiled")
     for number, seconds in enumerate(rounds):
         if seconds is None:
-            rounds[number] = {name: clock.round() for name, clock in clocks.items()}
-            output.finish(f"round{number}", rounds[number])
+            seconds = {name: clock.round() for name, clock in clocks.items()}
+            rounds[number] = seconds
+            output.finish(f"round{number}", seconds)
             run.say(f"round {number + 1} of {config.rounds}")
     sizes = len(splits.train.labels), len(splits.validation.labels)
     rows = [summarise(settings, name, rounds, sizes) for name in config.defenses]

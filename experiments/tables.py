@@ -337,8 +337,8 @@ def page(folder: Path, where: Path) -> str:
         parts += [table.markdown() for table in tables_of(result)]
         for row in result["rows"]:
             if "error" in row:
-                where = f"seed {row['seed']}, p = {row['poison_ratio']:g}, {label(row['defense'])}"
-                parts += [f"Failed: {where}: {row['error']}", ""]
+                cell = f"seed {row['seed']}, p = {row['poison_ratio']:g}, {label(row['defense'])}"
+                parts += [f"Failed: {cell}: {row['error']}", ""]
         for picture in sorted(path.parent.glob("*.png")):
             parts += [f"![{picture.stem}]({link(picture)})", ""]
     return "\n".join(parts)
@@ -346,7 +346,7 @@ def page(folder: Path, where: Path) -> str:
 
 def tables_of(result: dict[str, Any]) -> list[Table]:
     """Returns the tables that a results file has something for; none if it is of another kind."""
-    made = (make(result) for make in TABLES.get(result.get("kind"), ()))
+    made = (make(result) for make in TABLES.get(result.get("kind", ""), ()))
     return [table for table in made if table is not None]
 
 
