@@ -8,7 +8,6 @@ defence that needs class numbers in `on_batch` (adversarial training) comes befo
 import jax
 import jax.numpy as jnp
 
-from jaxpoison.data import Dataset
 from jaxpoison.defenses.base import Defense, keep_epoch
 
 
@@ -29,7 +28,8 @@ def mixup(num_classes: int, alpha: float = 1.0) -> Defense:
         weight = jax.random.beta(weight_key, alpha, alpha)
         order = jax.random.permutation(order_key, len(batch.labels))
         images = weight * batch.images + (1 - weight) * batch.images[order]
-        return Dataset(images, _mix_labels(batch.labels, order, weight, num_classes))
+        labels = _mix_labels(batch.labels, order, weight, num_classes)
+        return batch._replace(images=images, labels=labels)
 
     return Defense(lambda key, dataset: (), keep_epoch, on_batch)
 
@@ -61,7 +61,8 @@ def cutmix(num_classes: int, alpha: float = 1.0) -> Defense:
         inside = rows[:, None] & columns[None, :]
         images = jnp.where(inside[None, :, :, None], batch.images[order], batch.images)
         kept = 1 - jnp.mean(inside.astype(jnp.float32))
-        return Dataset(images, _mix_labels(batch.labels, order, kept, num_classes))
+        labels = _mix_labels(batch.labels, order, kept, num_classes)
+        return batch._replace(images=images, labels=labels)
 
     return Defense(lambda key, dataset: (), keep_epoch, on_batch)
 

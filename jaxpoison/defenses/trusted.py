@@ -43,9 +43,9 @@ def add_trusted(
     @jax.jit
     def joined(dataset, trusted):
         images = jnp.tile(to_float(trusted.images), (repeats, 1, 1, 1))
-        return Dataset(
-            jnp.concatenate([to_float(dataset.images), images]),
-            jnp.concatenate([dataset.labels, jnp.tile(trusted.labels, repeats)]),
+        return dataset._replace(
+            images=jnp.concatenate([to_float(dataset.images), images]),
+            labels=jnp.concatenate([dataset.labels, jnp.tile(trusted.labels, repeats)]),
         )
 
     def on_epoch(state, epoch, train_state, dataset):

@@ -195,7 +195,7 @@ def train_step(
                 mutable=["batch_stats"],
                 rngs=None if bn_frozen else {"dropout": jax.random.fold_in(step_key, 2)},
             )
-            losses, hits = losses_and_hits(logits, batch.labels)
+            losses, hits = losses_and_hits(logits, jnp.asarray(batch.labels))
             return jnp.mean(losses), (jnp.mean(hits), updates["batch_stats"])
 
         trained = state.params if transfer is None else state.params["head"]
