@@ -439,7 +439,7 @@ def draw_predictions(config: Config, output: run.Run, cells: list[Cell]) -> None
         seen = {}
         for cell in cells:
             with np.load(prediction_file(output, cell)) as archive:
-                seen[tables.LABELS[cell.defense]] = archive["labels"], archive["confidences"]
+                seen[tables.label(cell.defense)] = archive["labels"], archive["confidences"]
         wrong = np.flatnonzero(next(iter(seen.values()))[0] != splits.test.labels)
         _, first = np.unique(splits.test.labels[wrong], return_index=True)
         shown = wrong[np.sort(first)[:5]]
