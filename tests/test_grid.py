@@ -27,12 +27,12 @@ ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
 TINY = (
     *("--preset", "mnist-laptop", "--train-examples", "128", "--test-examples", "64"),
-    *("--trusted-examples", "64", "--recipe.batch-size", "64", "--recipe.epochs", "2"),
+    *("--trusted-examples", "128", "--recipe.batch-size", "64", "--recipe.epochs", "2"),
     *("--hint.schedule", "1", "--trusted-epochs", "1", "--attacks", "durp", "--seeds", "0"),
 )
 GRID = (
     *("--poison-ratios", "1", "--defenses", "none", "recommended"),
-    *("--controls", "mixup", "--control-ratios", "1"),
+    *("--controls", "random_noise", "--control-ratios", "1"),
 )
 
 
@@ -64,7 +64,7 @@ def grid(tmp_path_factory):
     return run_dir, (first, rows), second
 
 
-CELLS = [(0, "none"), (1, "none"), (1, "recommended"), (1, "mixup"), (0, "trusted")]
+CELLS = [(0, "none"), (1, "none"), (1, "recommended"), (1, "random_noise"), (0, "trusted")]
 
 
 def test_a_failure_is_recorded_and_does_not_stop_the_grid(grid):
@@ -77,7 +77,7 @@ def test_a_failure_is_recorded_and_does_not_stop_the_grid(grid):
         else:
             assert 0 <= row["test_accuracy"] <= 1 and "error" not in row
     assert "3 of 5 cells failed" in done.stderr
-    assert "| 1 | MixUp | failed | 0 |" in done.stdout
+    assert "| 1 | random noise of HINT's size | failed | 0 |" in done.stdout
 
 
 def test_the_same_command_trains_what_failed_and_nothing_else(grid):
@@ -89,7 +89,7 @@ def test_the_same_command_trains_what_failed_and_nothing_else(grid):
     assert all(0 <= row["test_accuracy"] <= 1 for row in rows)
     epochs = [line for line in done.stdout.splitlines() if ": epoch " in line]
     assert {line.split(":")[0] for line in epochs} == {
-        "seed0-p1-none", "seed0-p1-recommended", "seed0-p1-mixup"
+        "seed0-p1-none", "seed0-p1-recommended", "seed0-p1-random_noise"
     }  # fmt: skip
     assert rows[2]["num_train"] == 128  # as collected, not as defended
     # Of all checkpoints, only those of the clean network are needed again.
@@ -103,7 +103,7 @@ def test_a_choice_of_what_is_there_runs_nothing_and_loses_nothing(grid):
     done = run(run_dir.parent, "untargeted.py", "--run-dir", str(run_dir), *TINY, *less)
     assert done.returncode == 0, done.stderr
     assert ": epoch " not in done.stdout
-    assert "| 1 | recommended |" in done.stdout and "| 1 | MixUp |" in done.stdout
+    assert "| 1 | recommended |" in done.stdout and "| 1 | random noise" in done.stdout
     assert json.loads((run_dir / "result.json").read_text())["rows"] == before
 
 
@@ -126,9 +126,9 @@ def test_tables_of_a_grid_are_written_as_markdown_and_latex(grid):
     assert done.returncode == 0, done.stderr
     text = page.read_text()
     assert "## tiny" in text and "What to make of it." in text and "predictions.png" in text
-    assert "| MixUp | not run |" in text and "](tiny/predictions.png)" in text
+    assert "| random noise of HINT's size | not run |" in text and "](tiny/predictions.png)" in text
     assert r"\begin{tabular}{lrr}" in latex.read_text()
-    assert r"MixUp & not run &" in latex.read_text()
+    assert r"HINT's size & not run &" in latex.read_text()
 
 
 def test_sensitivity_runs(tmp_path):
