@@ -346,7 +346,10 @@ def page(folder: Path, where: Path) -> str:
 
 def tables_of(result: dict[str, Any]) -> list[Table]:
     """Returns the tables that a results file has something for; none if it is of another kind."""
-    made = (make(result) for make in TABLES.get(result.get("kind", ""), ()))
+    kind = result.get("kind", "")
+    if not kind and all("poison_ratio" in row for row in result.get("rows", [{}])):
+        kind = "untargeted"  # of a study, before results files said so
+    made = (make(result) for make in TABLES.get(kind, ()))
     return [table for table in made if table is not None]
 
 
