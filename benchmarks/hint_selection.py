@@ -47,7 +47,7 @@ def main() -> None:
     )
     parser.add_argument("--networks", choices=NETWORKS, nargs="+", default=list(NETWORKS))
     parser.add_argument("--examples", type=int, help="N; default: the paper's")
-    parser.add_argument("--batch-size", type=int, default=512, help="images in a pass")
+    parser.add_argument("--batch-size", type=int, help="images in a pass")
     parser.add_argument("--part", type=int, default=20, help="of the 980 products, and of scores")
     measure.add_arguments(parser)
     parser.set_defaults(rounds=3)

@@ -41,7 +41,7 @@ class Run:
         parallel.on_all(lambda: self._compare(main_config))
         parallel.on_main(self._open)
         parallel.check_shared(self.folder)
-        if jax.config.jax_compilation_cache_dir is None:
+        if jax.config.values["jax_compilation_cache_dir"] is None:
             jax.config.update("jax_compilation_cache_dir", str(self.folder.absolute() / "compiled"))
 
     def _compare(self, main_config):

@@ -394,7 +394,7 @@ def save_predictions(output, model, state: TrainState, splits: Splits, cell: Cel
         return jnp.argmax(shares, axis=-1), jnp.max(shares, axis=-1)
 
     mesh = parallel.data_mesh()
-    predict_all = loops.map_batches(predict, batch_size=512, mesh=mesh)
+    predict_all = loops.map_batches(predict, mesh=mesh)
     images = parallel.replicate(splits.test.images, mesh)
     labels, confidences = map(parallel.to_host, predict_all(state.variables, images))
 

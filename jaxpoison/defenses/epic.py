@@ -60,7 +60,7 @@ def epic(
     model: Classifier,
     config: EpicConfig = EpicConfig(),
     *,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Defense:
     """Returns EPIC as a defence.
@@ -71,7 +71,7 @@ def epic(
     Args:
       model: the network that is trained.
       config: see `EpicConfig`.
-      batch_size: images in one pass for the logits.
+      batch_size: images in one pass for the logits; None: as in `loops.even_batches`.
       mesh: devices to use; default all.
 
     Raises:

@@ -65,7 +65,7 @@ def friends(
     model: Classifier,
     config: FriendsConfig = FriendsConfig(),
     *,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Defense:
     """Returns FRIENDS as a defence.
@@ -76,7 +76,7 @@ def friends(
     Args:
       model: the network that is trained.
       config: see `FriendsConfig`.
-      batch_size: images whose noise is made at once.
+      batch_size: images whose noise is made at once; None: as in `loops.even_batches`.
       mesh: devices to use; default all.
 
     Raises:

@@ -93,7 +93,7 @@ def hint(
     trusted: Dataset,
     config: HintConfig = PAPER,
     *,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Defense:
     """Returns HINT as a defence.
@@ -108,7 +108,8 @@ def hint(
       model: the network that is trained; its head is the layer that influence acts through.
       trusted: clean validation images, at least two classes.
       config: see `HintConfig`.
-      batch_size: examples in one pass for features and pixel maps.
+      batch_size: examples in one pass for features and pixel maps; None: as in
+        `loops.even_batches`.
       mesh: devices to use; default all.
 
     Raises:

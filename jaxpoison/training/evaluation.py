@@ -16,7 +16,9 @@ class Evaluator(Protocol):
     def __call__(self, variables: Any, images: Any) -> jax.Array: ...
 
 
-def evaluator(model: Classifier, *, batch_size: int = 512, mesh: jax.sharding.Mesh) -> Evaluator:
+def evaluator(
+    model: Classifier, *, batch_size: int | None = None, mesh: jax.sharding.Mesh
+) -> Evaluator:
     """Returns the function that predicts labels with BatchNorm in evaluation mode."""
 
     def predict(variables, images):

@@ -48,7 +48,7 @@ def features(
     variables: Any,
     images: Any,
     *,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
     """Returns what the frozen extractor gives to the head, float32 [N, d].
@@ -57,7 +57,7 @@ def features(
       model: the network.
       variables: its `params` and `batch_stats`; BatchNorm uses the running statistics.
       images: [N, H, W, C], uint8 or float32 in [0, 1].
-      batch_size: most images in one pass.
+      batch_size: most images in one pass; None: as in `loops.even_batches`.
       mesh: devices to use; default all.
     """
     mesh = parallel.data_mesh() if mesh is None else mesh
