@@ -14,9 +14,9 @@ import functools
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import figures
 import jax
@@ -27,6 +27,7 @@ import tables
 import tyro
 
 from jaxpoison import attacks, data, defenses, loops, models, parallel, training
+from jaxpoison.attacks import DeepConfuseConfig
 from jaxpoison.data import Dataset, Splits, to_float
 from jaxpoison.defenses import (
     RECOMMENDED,
@@ -38,16 +39,10 @@ from jaxpoison.defenses import (
 )
 from jaxpoison.training import Checkpoints, Recipe, TrainState
 
-ATTACKS: dict[str, Callable[..., attacks.Attack]] = {
-    "pgd": attacks.pgd,
-    "dap": attacks.dap,
-    "durp": attacks.durp,
-}
-
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings of one run; the same settings in the same folder continue it."""
+class Common:
+    """What any experiment with poisons and defences has to say."""
 
     dataset: Literal["cifar10", "mnist"]
     """Which images."""
@@ -69,26 +64,12 @@ class Config:
     """Use only the first so many trusted images."""
     test_examples: int | None = None
     """Use only the first so many test images."""
-    attacks: tuple[Literal["pgd", "dap", "durp"], ...] = ("pgd", "dap", "durp")
-    """Attacks that share the poisoned examples equally."""
-    poison_ratios: tuple[float, ...] = (1.0,)
-    """Shares p of the training set that are poisoned; p = 0, none is always run."""
-    defenses: tuple[str, ...] = ("none", "hint")
-    """Defences to compare at each p, by their names in `DEFENSES`."""
-    controls: tuple[str, ...] = ()
-    """More of them, for `control_ratios` alone."""
-    control_ratios: tuple[float, ...] = (0.0, 1.0)
-    """Those of the poison ratios at which the controls are trained."""
     friends: FriendsConfig = dataclasses.field(default_factory=FriendsConfig)
     """Settings of FRIENDS."""
     fat: FatConfig = dataclasses.field(default_factory=FatConfig)
     """Settings of adversarial training."""
     epic: EpicConfig = dataclasses.field(default_factory=EpicConfig)
     """Settings of EPIC."""
-    seeds: tuple[int, ...] = (0,)
-    """One independent repetition each: split, poisons, initial weights, order."""
-    trusted_epochs: int = 300
-    """Epochs of the model that is trained on the trusted images alone."""
     width: int = 64
     """Channels of the ResNet's first stage."""
     blocks: tuple[int, ...] = (2, 2, 2, 2)
@@ -97,6 +78,36 @@ class Config:
     """Compute the body of the network in bfloat16."""
     checkpoint_every: int = 5
     """Epochs from one checkpoint to the next."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Common):
+    """Settings of one run; the same settings in the same folder continue it."""
+
+    attacks: tuple[Literal["pgd", "dap", "durp", "dc"], ...] = ("pgd", "dap", "durp")
+    """Attacks that share the poisoned examples equally."""
+    dc: DeepConfuseConfig = dataclasses.field(default_factory=DeepConfuseConfig)
+    """How long the generator of DeepConfuse, dc, is trained."""
+    poison_ratios: tuple[float, ...] = (1.0,)
+    """Shares p of the training set that are poisoned; p = 0, none is always run."""
+    defenses: tuple[str, ...] = ("none", "hint")
+    """Defences to compare at each p, by their names in `DEFENSES`."""
+    controls: tuple[str, ...] = ()
+    """More of them, for `control_ratios` alone."""
+    control_ratios: tuple[float, ...] = (0.0, 1.0)
+    """Those of the poison ratios at which the controls are trained."""
+    seeds: tuple[int, ...] = (0,)
+    """One independent repetition each: split, poisons, initial weights, order."""
+    trusted_epochs: int = 300
+    """Epochs of the model that is trained on the trusted images alone."""
+
+
+ATTACKS: dict[str, Callable[[Config], attacks.Attack]] = {
+    "pgd": lambda config: attacks.pgd(epsilon=config.epsilon),
+    "dap": lambda config: attacks.dap(epsilon=config.epsilon),
+    "durp": lambda config: attacks.durp(epsilon=config.epsilon),
+    "dc": lambda config: attacks.deep_confuse(epsilon=config.epsilon, config=config.dc),
+}
 
 
 # Which of a cell's settings may differ from run to run of a folder: they only choose cells.
@@ -112,24 +123,24 @@ SELECTION = (
 def _hint(**changes: Any) -> Callable[..., Defense]:
     """Returns HINT as configured, but for `changes`."""
 
-    def make(config: Config, model: models.Classifier, splits: Splits) -> Defense:
+    def make(config: Common, model: models.Classifier, splits: Splits) -> Defense:
         return defenses.hint(model, splits.validation, dataclasses.replace(config.hint, **changes))
 
     return make
 
 
-def _hint_identity(config: Config, model: models.Classifier, splits: Splits) -> Defense:
+def _hint_identity(config: Common, model: models.Classifier, splits: Splits) -> Defense:
     # Where curvature is small, (H + damping I)^-1 v is v / damping: steps of that length.
     gamma = config.hint.gamma / config.hint.damping
     return _hint(solver="identity", gamma=gamma)(config, model, splits)
 
 
-def _recommended(config: Config, model: models.Classifier, splits: Splits) -> Defense:
+def _recommended(config: Common, model: models.Classifier, splits: Splits) -> Defense:
     of_hint = dataclasses.replace(config.hint, ratio=RECOMMENDED.ratio, mass=RECOMMENDED.mass)
     return defenses.recommended(model, splits.validation, of_hint)
 
 
-def _trusted_even(config: Config, model: models.Classifier, splits: Splits) -> Defense:
+def _trusted_even(config: Common, model: models.Classifier, splits: Splits) -> Defense:
     repeats = max(1, round(len(splits.train.labels) / len(splits.validation.labels)))
     return defenses.add_trusted(splits.validation, repeats=repeats)
 
@@ -140,14 +151,14 @@ def _friends(kind: Literal["bernoulli", "uniform", "gaussian"]) -> Callable[...,
     )
 
 
-def _random_noise(config: Config, model: models.Classifier, splits: Splits) -> Defense:
+def _random_noise(config: Common, model: models.Classifier, splits: Splits) -> Defense:
     return defenses.fixed_noise(config.hint.beta, config.hint.ratio)
 
 
 NOISE_PICTURE = "noise.png"
 RATIOS, BETAS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0), (0.031, 0.062, 0.125, 0.25)
 
-DEFENSES: dict[str, Callable[[Config, models.Classifier, Splits], Defense]] = {
+DEFENSES: dict[str, Callable[[Common, models.Classifier, Splits], Defense]] = {
     "none": lambda config, model, splits: defenses.none(),
     "hint": _hint(),
     "atda": lambda config, model, splits: defenses.adversarial_training(model, config.fat),
@@ -202,12 +213,16 @@ class Cell:
         return jax.random.fold_in(jax.random.key(self.seed), round(1000 * self.poison_ratio))
 
 
-def main(presets: dict[str, Config], description: str | None) -> None:
-    """Runs the command line: `--preset NAME`, then any setting of `Config` as a flag.
+def main(
+    presets: Mapping[str, Common],
+    description: str | None,
+    experiment: Callable[[Any], None] | None = None,
+) -> None:
+    """Runs the command line: `--preset NAME`, then any setting of the preset as a flag.
 
     Without a name it is the last preset on CPU, elsewhere the first.
 
-    The flags of several processes are no part of `Config`: a run may go on with others.
+    The flags of several processes are no part of the settings: a run may go on with others.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=list(presets))
@@ -231,7 +246,8 @@ def main(presets: dict[str, Config], description: str | None) -> None:
                 "On several hosts (docs/hosts.md): --distributed on SLURM, Kubernetes and TPU "
                 "pods; elsewhere --coordinator ADDRESS:PORT --num-processes N --process-id I."
             )
-            study(tyro.cli(Config, args=rest, default=presets[preset], description=description))
+            default, run_all = presets[preset], experiment or cast(Callable[[Any], None], study)
+            run_all(tyro.cli(type(default), args=rest, default=default, description=description))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
@@ -468,7 +484,7 @@ def poisons(config, output, meter, done, model, splits, cell) -> attacks.Poisone
             jax.random.fold_in(cell.key, 1),
             splits.train,
             cell.poison_ratio,
-            [ATTACKS[name](epsilon=config.epsilon) for name in config.attacks],
+            [ATTACKS[name](config) for name in config.attacks],
             attacks.Victim(model, state.variables),
             progress=progress,
         )
@@ -520,7 +536,7 @@ def draw_noise(
 
 
 @functools.lru_cache(maxsize=1)  # the cells of a seed follow each other
-def load(config: Config, seed: int) -> Splits:
+def load(config: Common, seed: int) -> Splits:
     """Returns the data of one seed, read once for all its cells, by each process from its disk."""
     if config.data == "embedded":
         splits = data.load_embedded(config.dataset, seed=seed)
@@ -541,7 +557,7 @@ def load(config: Config, seed: int) -> Splits:
     )
 
 
-def build_model(config: Config) -> models.Classifier:
+def build_model(config: Common) -> models.Classifier:
     """Returns the network of the paper for this data set, at the configured width."""
     dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
     if config.dataset == "mnist":
@@ -572,8 +588,15 @@ def check(config: Config, model: models.Classifier) -> None:
         raise ValueError("name at least one attack, or only the poison ratio 0")
     parallel.check_divisible(config.recipe.batch_size, parallel.data_mesh())
     for name in config.attacks:
-        ATTACKS[name](epsilon=config.epsilon)
-    names = config.defenses + config.controls
+        ATTACKS[name](config)
+    splits = load(config, config.seeds[0])
+    check_defenses(config, config.defenses + config.controls, model, splits)
+
+
+def check_defenses(
+    config: Common, names: Sequence[str], model: models.Classifier, splits: Splits
+) -> None:
+    """Raises ValueError for a defence that there is not, or that cannot be as configured."""
     unknown = [name for name in names if name not in DEFENSES]
     if unknown:
         raise ValueError(f"unknown defences: {', '.join(unknown)}; there are {', '.join(DEFENSES)}")
@@ -588,7 +611,5 @@ def check(config: Config, model: models.Classifier) -> None:
                 f"{tables.LABELS[family]} would begin at epoch {first} of {config.recipe.epochs}, "
                 f"so never: set --{family}.{'epoch' if family == 'friends' else 'start'}"
             )
-    splits = load(config, config.seeds[0])
     for name in names:
-        cell = Cell(config.seeds[0], 0.0, name)
-        defense_of(config, model, splits, cell).init(cell.key, splits.train)
+        DEFENSES[name](config, model, splits).init(jax.random.key(0), splits.train)

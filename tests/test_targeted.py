@@ -1,0 +1,110 @@
+"""The targeted experiment as a user runs it: a program, run again, with what is missing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxpoison import attacks
+from jaxpoison.data import load_embedded
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    *("--preset", "quick", "--train-examples", "192", "--test-examples", "64"),
+    *("--trusted-examples", "64", "--recipe.epochs", "2", "--recipe.milestones", "1"),
+    *("--recipe.batch-size", "64", "--width", "2", "--blocks", "1", "--num-poisons", "6"),
+    *("--num-targets", "2", "--gm.num-steps", "3", "--hint.schedule", "1"),
+)
+
+
+def run(run_dir, *flags):
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "experiments/targeted.py"), "--run-dir", str(run_dir), *flags],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+        cwd=run_dir.parent,
+    )
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("targeted") / "run"
+    return run_dir, run(run_dir, *TINY, "--defenses", "hint")
+
+
+def test_a_run_prints_strength_first_and_leaves_table_and_archives(first):
+    run_dir, done = first
+    assert done.returncode == 0, done.stderr
+    strength = done.stdout.index("Strength: of undefended victims")
+    assert done.stdout.index("target001-none") < strength < done.stdout.index("target000-hint")
+    assert "| GM | HINT |" in done.stdout
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["kind"] == "targeted"
+    assert [(row["target"], row["defense"]) for row in result["rows"]] == [
+        (0, "none"), (1, "none"), (0, "hint"), (1, "hint"),
+    ]  # fmt: skip
+    train = load_embedded("cifar10", seed=0).train.images[:192]
+    for row in result["rows"]:
+        assert row["success"] == (row["prediction"] == row["base_label"])
+        assert 0 <= row["confidence"] <= 1
+        one = attacks.load(run_dir / "poisons" / f"target{row['target']:03d}.npz")
+        assert (one.target.target_id, one.target.base_label) == (
+            row["target_id"],
+            row["base_label"],
+        )
+        assert one.images.dtype == np.uint8
+        assert one.is_poisoned.sum() == 6
+        assert 0 < np.abs(one.images.astype(int) - train).max() <= 16
+        assert np.all(one.labels[one.is_poisoned] == row["base_label"])
+
+
+def test_running_again_does_only_what_is_missing(first):
+    run_dir, _ = first
+    before = {path: path.stat().st_mtime_ns for path in (run_dir / "poisons").iterdir()}
+    again = run(run_dir, *TINY, "--defenses", "hint", "random_noise", "--num-targets", "1")
+    assert again.returncode == 0, again.stderr
+    trained = [line.split(":")[0] for line in again.stdout.splitlines() if ": epoch" in line]
+    assert set(trained) == {"gm-target000-random_noise"}
+    assert "crafting" not in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_metapoison_runs(tmp_path):
+    flags = (
+        "--attack",
+        "mp",
+        "--mp.num-steps",
+        "1",
+        "--mp.surrogates",
+        "1",
+        "--mp.batch-size",
+        "64",
+    )
+    done = run(
+        tmp_path / "run", *TINY, *flags, "--mp.poisons-per-batch", "6", "--defenses", "none",
+        "--num-targets", "1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "| MP | none |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num-poisons", "60"), "60 poisons of one class: the largest has"),
+        (("--defenses", "luck"), "unknown defences: luck"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(tmp_path, flags, message):
+    done = run(tmp_path / "run", *TINY, *flags)
+    assert done.returncode != 0
+    assert message in " ".join(done.stderr.split()), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
