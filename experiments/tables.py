@@ -10,12 +10,13 @@ hence of one scale. Numbers are mean ± standard deviation over seeds; what did 
 
 import argparse
 import json
-import math
 import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jaxpoison import attacks
 
 ROOT = Path(__file__).parents[1]
 PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
@@ -300,18 +301,9 @@ def success(group: Rows) -> str:
     if not ran:
         return FAILED if group else NOT_RUN
     hits = sum(bool(row["success"]) for row in ran)
-    low, high = wilson(hits, len(ran))
+    low, high = attacks.wilson(hits, len(ran))
     missing = f" ({len(group) - len(ran)} failed)" if len(ran) < len(group) else ""
     return f"{hits} of {len(ran)} [{100 * low:.0f}, {100 * high:.0f}] %{missing}"
-
-
-def wilson(hits: int, trials: int) -> tuple[float, float]:
-    """Returns Wilson's 95 % interval for a share, from `hits` of `trials`."""
-    z = statistics.NormalDist().inv_cdf(0.975)
-    share, weight = hits / trials, z**2 / trials
-    centre = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / trials + weight / (4 * trials)) / (1 + weight)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def page(folder: Path, where: Path) -> str:

@@ -629,6 +629,14 @@ def test_wilson_intervals():
         (10, 20): (0.2993, 0.7007),
     }.items():
         np.testing.assert_allclose(attacks.wilson(successes, number), want, atol=1e-4)
+    # Newcombe 1998 (Statistics in Medicine 17, 857), table I, method 3.
+    for (successes, number), want in {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0.0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }.items():
+        np.testing.assert_allclose(attacks.wilson(successes, number), want, atol=5e-5)
     # Its ends are the rates p at which the found rate is just z standard deviations away.
     for p in attacks.wilson(3, 17):
         np.testing.assert_allclose(abs(3 / 17 - p) / np.sqrt(p * (1 - p) / 17), 1.96, rtol=1e-6)
