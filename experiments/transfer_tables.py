@@ -103,9 +103,11 @@ def _verdict(judged):
     sentences = []
     for name, text in ((DATASET, "centroids of the data themselves"), (TRUSTED, "trusted images")):
         tpr, _, successes, trials = _pooled(at_most, name)
+        each = [row["filters"][name] for row in at_most]
+        fpr = sum(one["fpr"] * one["trials"] for one in each) / trials
         sentences.append(
-            f"with {text} it finds {100 * tpr:.0f} % of the poisons and {successes} of {trials} "
-            "attacks still succeed"
+            f"with {text} it finds {100 * tpr:.0f} % of the poisons, flags {100 * fpr:.0f} % of "
+            f"the clean images, and {successes} of {trials} attacks still succeed"
         )
     tpr, _, successes, trials = _pooled(at_most, DATASET)
     failed = tpr < 0.5 or 2 * successes > trials
