@@ -11,10 +11,11 @@ prints; `on_main` tells the others what it found. Alone, a process waits for nob
 """
 
 import atexit
+import builtins
 import contextlib
 import hashlib
+import json
 import os
-import pickle
 import sys
 import time
 import uuid
@@ -35,6 +36,13 @@ EXAMPLES = "data"  # the mesh axis over which examples are spread
 
 SHARED_SECONDS = 30.0  # network file systems may show a new file only when a cache has expired
 FAREWELL_SECONDS = 2.0  # in which processes that fail alike can say so before they are ended
+
+# The kinds of errors that travel between processes, by their names.
+_ERRORS = {
+    name: kind
+    for name, kind in vars(builtins).items()
+    if isinstance(kind, type) and issubclass(kind, Exception)
+}
 
 
 def data_mesh(devices: Any = None) -> Mesh:
@@ -163,17 +171,18 @@ def on_main(fn: Callable[[], Value]) -> Value:
     So files are written and read by one process, and what follows in the others comes after.
 
     Args:
-      fn: whose value can be pickled; small, for it travels through the devices.
+      fn: whose value can be written as JSON; small, for it travels through the devices.
 
     Raises:
-      Exception: in every process, what `fn` raised.
+      Exception: in every process, what `fn` raised, as the nearest built-in kind.
     """
     if process_count() == 1:
         return fn()
-    mine = pickle.dumps(_attempt(fn)) if is_main() else b""
-    error, value = pickle.loads(_exchange(mine)[0])
+    mine = json.dumps(_attempt(fn)).encode() if is_main() else b""
+    error, value = json.loads(_exchange(mine)[0])
     if error is not None:
-        raise error
+        kind, text = error
+        raise _ERRORS[kind](text)
     return value
 
 
@@ -183,15 +192,17 @@ def on_all(fn: Callable[[], Value]) -> Value:
     For what can fail on one host, such as reading its disk: the others would wait for it forever.
 
     Raises:
-      Exception: in every process, what `fn` raised in the first where it failed.
+      Exception: in every process, what `fn` raised in the first where it failed, as the nearest
+        built-in kind.
     """
     if process_count() == 1:
         return fn()
     outcome: list[Value] = []
     error, _ = _attempt(lambda: outcome.append(fn()))
-    for process, other in enumerate(map(pickle.loads, _exchange(pickle.dumps(error)))):
+    for process, other in enumerate(map(json.loads, _exchange(json.dumps(error).encode()))):
         if other is not None:
-            raise type(other)(f"process {process}: {other}")
+            kind, text = other
+            raise _ERRORS[kind](f"process {process}: {text}")
     return outcome[0]
 
 
@@ -280,13 +291,14 @@ def _exchange(mine: bytes) -> list[bytes]:
 
 
 def _attempt(fn):
-    """Returns `(error, value)`, one of them None; the error can be pickled."""
+    """Returns `(error, value)`, one of them None; an error as the name of its kind and its text."""
     try:
         return None, fn()
     except Exception as error:
         for kind in type(error).__mro__:
-            with contextlib.suppress(TypeError):  # some kinds take more than a text
-                return kind(str(error)), None
+            if _ERRORS.get(kind.__name__) is kind:
+                with contextlib.suppress(TypeError):  # some kinds take more than a text
+                    return (kind.__name__, str(kind(str(error)))), None
         raise
 
 
