@@ -119,6 +119,17 @@ class Run:
         parallel.on_main(write)
 
 
+def require_no_errors(rows: dict[str, dict[str, Any]]) -> None:
+    """Raises RuntimeError if rows, given by the names of their cells, tell of an `error`."""
+    failed = {name: row["error"] for name, row in rows.items() if "error" in row}
+    if failed:
+        listing = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        raise RuntimeError(
+            f"{len(failed)} of {len(rows)} cells failed and the same command tries them again: "
+            f"{listing}"
+        )
+
+
 class Meter:
     """Progress over all epochs of a run: a bar on a terminal, a line per epoch elsewhere."""
 

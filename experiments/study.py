@@ -287,14 +287,7 @@ def study(config: Config) -> None:
     pictures(config, output, rows)
     for path in sorted(config.run_dir.glob("*.png")):
         run.say(f"picture: {path}")
-    asked = [row for row in rows if Cell.of(row) in budgets]
-    failed = [row for row in asked if "error" in row]
-    if failed:
-        listing = "; ".join(f"{Cell.of(row).name}: {row['error']}" for row in failed)
-        raise RuntimeError(
-            f"{len(failed)} of {len(asked)} cells failed and the same command tries them again: "
-            f"{listing}"
-        )
+    run.require_no_errors({Cell.of(row).name: row for row in rows if Cell.of(row) in budgets})
 
 
 def attempt(config, output, meter, done, model, splits: Splits, cell: Cell) -> dict[str, Any]:

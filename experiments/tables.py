@@ -4,8 +4,9 @@
   python experiments/tables.py --results runs --out runs/results.md --latex runs/tables.tex
 
 Everything comes from results files, `*/result.json` in the folder of results, and from `notes.md`
-beside them, which says in words what to make of them. A table holds the rows of one results file,
-hence of one scale. Numbers are mean ± standard deviation over seeds; what did not run is marked.
+beside them, which says in words what to make of them; `transfer_filter.py` has written its report
+beside its own. A table holds the rows of one results file, hence of one scale. Numbers are mean ±
+standard deviation over seeds; what did not run is marked.
 """
 
 import argparse
@@ -242,6 +243,7 @@ def table_V(result: dict[str, Any]) -> Table:
     )
 
 
+TRANSFER = "transfer"  # the kind of `transfer_filter.py`, which writes its own tables
 TABLES = {
     "untargeted": (table_II, controls, table_IV),
     "targeted": (table_III,),
@@ -326,6 +328,9 @@ def page(folder: Path, where: Path) -> str:
         notes = path.with_name("notes.md")
         if notes.exists():
             parts += [notes.read_text().strip(), ""]
+        if kind(result) == TRANSFER:
+            report = path.with_name("table.md")
+            parts += [summary(report.read_text()), f"[All numbers]({link(report)})", ""]
         parts += [table.markdown() for table in tables_of(result)]
         for row in result["rows"]:
             if "error" in row:
@@ -338,18 +343,31 @@ def page(folder: Path, where: Path) -> str:
 
 def tables_of(result: dict[str, Any]) -> list[Table]:
     """Returns the tables that a results file has something for; none if it is of another kind."""
-    kind = result.get("kind", "")
-    if not kind and all("poison_ratio" in row for row in result.get("rows", [{}])):
-        kind = "untargeted"  # of a study, before results files said so
-    made = (make(result) for make in TABLES.get(kind, ()))
+    made = (make(result) for make in TABLES.get(kind(result), ()))
     return [table for table in made if table is not None]
 
 
+def kind(result: dict[str, Any]) -> str:
+    """Returns what experiment a results file comes from; empty if from none of these."""
+    if "kind" in result:
+        return result["kind"]
+    # Before results files said so:
+    if all("poison_ratio" in row for row in result.get("rows", [{}])):
+        return "untargeted"
+    return TRANSFER if "clean_accuracy" in result else ""
+
+
+def summary(report: str) -> str:
+    """Returns a report of `transfer_filter.py`, less its longest table, one level deeper."""
+    sections = [part for part in report.split("\n## ") if not part.startswith("All numbers")]
+    return "\n### ".join(sections).strip() + "\n"
+
+
 def results(folder: Path) -> Iterable[tuple[Path, dict[str, Any]]]:
-    """Yields the results files of a folder that tables are made of."""
+    """Yields the results files of a folder that the page has something to show of."""
     for path in sorted(folder.glob("*/result.json")):
         result = json.loads(path.read_text())
-        if tables_of(result):
+        if tables_of(result) or kind(result) == TRANSFER:
             yield path, result
 
 

@@ -128,13 +128,7 @@ def experiment(config: Config) -> None:
     table = f"{gate(rows)}\n\n{tables.table_III(written).markdown()}"
     run.say(table)
     output.write_result(rows, table, **result)
-    failed = [row for row in asked if "error" in row]
-    if failed:
-        listing = "; ".join(f"{row['cell']}: {row['error']}" for row in failed)
-        raise RuntimeError(
-            f"{len(failed)} of {len(asked)} cells failed and the same command tries them again: "
-            f"{listing}"
-        )
+    run.require_no_errors({row["cell"]: row for row in asked})
 
 
 def gate(rows: list[dict[str, Any]]) -> str:

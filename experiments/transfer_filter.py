@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import run
+import tables
 import transfer_figures
 import transfer_poisons
 import transfer_tables
@@ -130,7 +131,10 @@ def compare(config: Config) -> None:
         )  # fmt: skip
         clean = {name: bench.clean_accuracy for name, bench in benches.items()}
         numbers = [{name: row[name] for name in row if name != "roc"} for row in rows]
-        output.write_result(numbers, text, hint=hint_rows, clean_accuracy=clean, source=sets.source)
+        output.write_result(
+            numbers, text, kind=tables.TRANSFER, hint=hint_rows,
+            clean_accuracy=clean, source=sets.source,
+        )  # fmt: skip
         pictures = draw(work, benches[config.networks[0]], rows)
     run.say("\n" + text)
     for path in pictures:
