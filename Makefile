@@ -26,7 +26,7 @@ demo-mnist: $(INSTALLED)
 	$(BIN)/python experiments/mnist_hint.py --preset quick
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 lint: $(LINTERS)
 	$(BIN)/ruff check .

@@ -35,7 +35,6 @@ def start(commands, cwd, num_devices=2, variables=({}, {})):
     environment = {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(num_devices),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # each function runs a few times only
         "COLUMNS": "200",
     }
     started = []
