@@ -103,6 +103,29 @@ def test_running_again_does_only_what_is_missing(whole):
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
 
 
+def test_tables_are_filtered_too(tmp_path):
+    out = tmp_path / "result.json"
+    script = ROOT / "experiments" / "tabular_filter.py"
+    flags = ("--tables", "digits", "--trials", "5", "--shares", "0.5", "--out", str(out))
+    done = subprocess.run(
+        [sys.executable, str(script), *flags], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    digits = json.loads(out.read_text())["digits"]
+    assert digits["clean_accuracy"] > 0.9
+    weak, strong = (
+        next(row["filters"] for row in digits["rows"] if row["budget"] == budget)
+        for budget in (0.1, 1.0)
+    )
+    assert weak == {"none": weak["none"]} and weak["none"]["successes"] == 0  # nothing to compare
+    assert strong["none"]["successes"] >= 4 and strong["none"]["tpr"] == 0
+    dataset, trusted = (
+        strong[f"characteristic vectors{kind}"]["tpr"] for kind in ("", ", trusted")
+    )
+    assert trusted > 0.8 > dataset  # half of the class are poisons
+    assert strong["nearest feature centroid, trusted"]["successes"] <= 1
+
+
 def test_bad_settings_are_refused_before_any_work(tmp_path):
     done = run(tmp_path / "run", "--shares", "1.5")
     assert done.returncode != 0
