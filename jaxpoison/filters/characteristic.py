@@ -545,7 +545,12 @@ def _chunks(X: Any, y: Any) -> Chunks:
 
 
 def _one(x):
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
+    """Returns the shape of one example, of the type that it has on the device."""
+
+    def shape(a):
+        return jax.ShapeDtypeStruct((1, *a.shape[1:]), jax.dtypes.canonicalize_dtype(a.dtype))
+
+    return jax.tree.map(shape, x)
 
 
 def _num_bytes(tree):
