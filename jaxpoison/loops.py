@@ -84,10 +84,16 @@ def scan(step: Step) -> Callable[..., tuple[Any, Any]]:
 def inner_scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
     """Returns `lax.scan(step, carry, xs)`, for a short loop inside a compiled step.
 
-    Unrolled wholly where convolutions inside loops are slow: its length there is that of the
-    program.
+    Written out where convolutions inside loops are slow: its length there is that of the program.
+    (`lax.scan(..., unroll=True)` leaves a loop of one turn, which XLA's CPU backend keeps.)
     """
-    return jax.lax.scan(step, carry, xs, unroll=steps_from_host())
+    if not steps_from_host():
+        return jax.lax.scan(step, carry, xs)
+    ys = []
+    for index in range(jax.tree.leaves(xs)[0].shape[0]):
+        carry, y = step(carry, jax.tree.map(lambda x, index=index: x[index], xs))
+        ys.append(y)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
 
 
 def map_batches(

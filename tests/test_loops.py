@@ -17,6 +17,20 @@ def form(request, monkeypatch):
     return request.param
 
 
+def test_inner_scan_is_the_fold_and_leaves_no_loop_on_cpu(form):
+    def step(carry, x):
+        return carry * 0.5 + x["a"], (carry, ())
+
+    a = np.arange(4, dtype=np.float32)
+    run = jax.jit(lambda carry, xs: loops.inner_scan(step, carry, xs))
+    for length in (1, 4):
+        xs = {"a": a[:length]}
+        got, want = run(3.0, xs), jax.lax.scan(step, jnp.float32(3), xs)
+        jax.tree.map(np.testing.assert_allclose, got, want)
+        # A convolution in a loop, be it one of a single turn, takes CPUs many times as long.
+        assert ("while" in run.lower(3.0, xs).as_text()) == (form == "scan")
+
+
 def test_scan_is_the_fold(form):
     calls = []
 
