@@ -30,7 +30,7 @@ QUICK = study.Config(
     hint=HintConfig(schedule=(5, 15)),
     epsilon=0.3,
     data="embedded",
-    train_examples=2500,
+    train_examples=2000,
     attacks=("pgd", "dap"),  # with DURP's third in the mixture the slice is hardly hurt
     trusted_epochs=100,
 )
