@@ -314,6 +314,8 @@ def main() -> None:
     default = Path(__file__).with_name("results") / "tabular_filter.json"
     parser.add_argument("--out", type=Path, default=default)
     options = parser.parse_args()
+    if options.trials < 1 or not all(1 <= round(p * TRAIN) <= TRAIN for p in options.shares):
+        parser.error(f"--trials must be at least 1, --shares between {1 / TRAIN} and 1")
     tables = {
         name: compare(name, options.trials, tuple(options.shares), options.seed)
         for name in options.tables
