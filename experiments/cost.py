@@ -149,7 +149,9 @@ class Clock:
         state = init_state(model, optimizer, init_key, train.images.shape[1:])
         self.state = parallel.replicate(state, self.mesh)
         self.defense_state = defense.init(defense_key, self.train)
-        self.run_steps = loops.scan(train_step(model, recipe, optimizer, defense, self.mesh))
+        self.run_steps = loops.scan(
+            train_step(model, recipe, optimizer, self.mesh, on_batch=defense.on_batch)
+        )
         if events:
             self._before(events[0])  # what the later ones rely on
 

@@ -5,7 +5,6 @@ import pytest
 
 from jaxpoison import loops, models, parallel
 from jaxpoison.data import Dataset
-from jaxpoison.defenses import none
 from jaxpoison.training import Recipe, init_state
 from jaxpoison.training.fit import epoch_order, train_step
 from jaxpoison.training.recipe import optimizer
@@ -76,7 +75,7 @@ def test_training_steps_are_the_same_in_both_forms(monkeypatch):
 
     def run(from_host):
         monkeypatch.setattr(loops, "steps_from_host", lambda: from_host)
-        run_epoch = loops.scan(train_step(model, recipe, optimiser, none(), mesh))
+        run_epoch = loops.scan(train_step(model, recipe, optimiser, mesh))
         state = init_state(model, optimiser, jax.random.key(0), (8, 8, 3))
         constants = parallel.replicate(train, mesh), (), jax.random.key(2)
         return run_epoch(constants, parallel.replicate(state, mesh), order)

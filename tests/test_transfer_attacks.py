@@ -700,25 +700,37 @@ def test_poisons_of_real_images_work_on_a_trained_extractor(tmp_path):
 
 
 @pytest.mark.parametrize("bn_frozen", [True, False])
-def test_fit_trains_the_head_alone(bn_frozen):
-    model = models.resnet18(width=4, blocks=(1,))
+@pytest.mark.parametrize("unfrozen", [(), ("stage1_block0",)], ids=["head", "last stage"])
+def test_fit_trains_what_is_not_frozen(bn_frozen, unfrozen):
+    model = models.resnet18(width=4, blocks=(1, 1))
     train = Dataset(
         np.random.default_rng(0).random((16, 8, 8, 3)).astype(np.float32),
         (np.arange(16) % 10).astype(np.int32),
     )
     trained = model.init(jax.random.key(9), train.images[:1])
     recipe = training.Recipe(epochs=1, batch_size=8, weight_decay=0.1)
-    state = training.fit(
-        model, recipe, train, key=jax.random.key(0), transfer=training.Transfer(trained, bn_frozen)
-    )
+    transfer = training.Transfer(trained, bn_frozen, unfrozen)
+    state = training.fit(model, recipe, train, key=jax.random.key(0), transfer=transfer)
 
     def same(one, other):
         pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
         return all(np.array_equal(*pair) for pair in pairs)
 
-    assert same(state.params["body"], trained["params"]["body"])
+    for name, part in state.params["body"].items():
+        assert same(part, trained["params"]["body"][name]) == (name not in unfrozen), name
     assert same(state.batch_stats, trained["batch_stats"]) == bn_frozen
     assert not same(state.params["head"], trained["params"]["head"])
+
+
+def test_fit_refuses_to_train_parts_that_there_are_not():
+    model = models.resnet18(width=4, blocks=(1,))
+    train = Dataset(np.zeros((8, 8, 8, 3), np.uint8), np.arange(8, dtype=np.int32))
+    trained = model.init(jax.random.key(9), jnp.zeros((1, 8, 8, 3)))
+    transfer = training.Transfer(trained, unfrozen=("stage7",))
+    with pytest.raises(ValueError, match="no parts stage7 .* stage0_block0, stem"):
+        training.fit(
+            model, training.Recipe(batch_size=8), train, key=jax.random.key(0), transfer=transfer
+        )
 
 
 def test_fit_refuses_another_networks_extractor():

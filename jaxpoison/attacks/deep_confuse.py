@@ -26,7 +26,6 @@ from jaxpoison import loops, parallel, solvers
 from jaxpoison.attacks.descent import check_positive
 from jaxpoison.attacks.untargeted import Attack, check_epsilon
 from jaxpoison.data import Dataset
-from jaxpoison.defenses.base import none
 from jaxpoison.models import Classifier
 from jaxpoison.models.unet import UNet
 from jaxpoison.training.fit import epoch_order, train_step
@@ -188,7 +187,7 @@ def compiled(
     unet = unet_for(image_shape, config.width)
     adam, descent = optax.adam(config.generator_rate), optax.sgd(config.classifier_rate)
     recipe = Recipe(momentum=0.0, weight_decay=0.0, max_shift=0.0, flip=False)
-    walk = train_step(model, recipe, descent, none(), mesh)
+    walk = train_step(model, recipe, descent, mesh)
 
     @jax.jit
     def generator(key, images):

@@ -27,7 +27,6 @@ from jaxpoison.attacks.descent import check_positive
 from jaxpoison.attacks.targeted import Crafted, TargetedAttack
 from jaxpoison.attacks.untargeted import check_epsilon
 from jaxpoison.data import Dataset, check, to_float
-from jaxpoison.defenses.base import none
 from jaxpoison.models import Classifier
 from jaxpoison.training.fit import epoch_order, train_step
 from jaxpoison.training.recipe import Recipe
@@ -309,7 +308,7 @@ def _compiled(model: Classifier, config, data, mesh) -> _Network:
 
     return _Network(
         init=jax.jit(lambda key: init_state(model, optimizer, key, data.images.shape[1:])),
-        train=loops.scan(train_step(model, recipe, optimizer, none(), mesh)),
+        train=loops.scan(train_step(model, recipe, optimizer, mesh)),
         slopes=loops.scan(slopes),
     )
 

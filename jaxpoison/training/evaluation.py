@@ -1,6 +1,8 @@
 """Accuracy on a data set, a batch at a time."""
 
-from typing import Any, Protocol
+import functools
+from collections.abc import Hashable
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +23,17 @@ def evaluator(
 ) -> Evaluator:
     """Returns the function that predicts labels with BatchNorm in evaluation mode."""
 
+    predict_all = _predictor(cast(Hashable, model), batch_size, mesh)
+    return lambda variables, images: predict_all(variables, parallel.replicate(images, mesh))
+
+
+@functools.lru_cache(maxsize=8)  # a function of its own would be compiled anew at each call
+def _predictor(model, batch_size, mesh):
     def predict(variables, images):
         logits = jnp.asarray(model.apply(variables, to_float(images)))
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    predict_all = loops.map_batches(predict, batch_size=batch_size, mesh=mesh)
-    return lambda variables, images: predict_all(variables, parallel.replicate(images, mesh))
+    return loops.map_batches(predict, batch_size=batch_size, mesh=mesh)
 
 
 def accuracy(predict: Evaluator, variables: Any, dataset: Dataset) -> float:

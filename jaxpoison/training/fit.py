@@ -6,9 +6,10 @@ examples and with the step for augmentation, so a resumed run repeats what the k
 have done.
 """
 
+import functools
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import optax
 
 from jaxpoison import loops, parallel, solvers
 from jaxpoison.data import Dataset, check, random_translate_flip, to_float
-from jaxpoison.defenses.base import Defense, none
+from jaxpoison.defenses.base import BatchFn, Defense, keep_batch, none
 from jaxpoison.models import Classifier
 from jaxpoison.training import recipe as recipes
 from jaxpoison.training.checkpoints import Checkpoints
@@ -35,10 +36,12 @@ class Transfer(NamedTuple):
       variables: `params` and `batch_stats` of the trained network; its head is not used.
       bn_frozen: whether BatchNorm keeps the running statistics. If not, it uses those of the batch
         and updates the running ones, as the released code of HINT does.
+      unfrozen: names of the body's parts that are trained as well, e.g. `("stage2_block0",)`.
     """
 
     variables: Any
     bn_frozen: bool = True
+    unfrozen: tuple[str, ...] = ()
 
 
 def fit(
@@ -63,7 +66,7 @@ def fit(
       key: typed PRNG key; initial weights, order, augmentation and the defence follow from it.
       test: if given, accuracy on it is reported after each epoch; nothing is chosen by it.
       defense: what to do against poisons; default nothing.
-      transfer: if given, only the head is trained, on this extractor.
+      transfer: if given, the head is trained on this extractor, and of that only what it names.
       mesh: devices to use; default all. The batch size must divide by their number.
       checkpoints: if given, the run continues from the newest one and saves as it goes.
       report: called after each epoch as `report(epoch, metrics)`, epochs counted from 0. Metrics
@@ -83,7 +86,10 @@ def fit(
     parallel.check_divisible(recipe.batch_size, mesh)
     most_examples = defense.size(len(train.labels))
     steps_per_epoch = recipes.steps_per_epoch(recipe, most_examples)
-    optimizer = recipes.optimizer(recipe, steps_per_epoch)
+    bn_frozen, unfrozen = (False, None) if transfer is None else transfer[1:]
+    optimizer, run_epoch = _training(
+        cast(Hashable, model), recipe, steps_per_epoch, defense.on_batch, mesh, bn_frozen, unfrozen
+    )
     init_key, data_key, defense_key = jax.random.split(key, 3)
 
     train = parallel.replicate(train, mesh)
@@ -96,7 +102,6 @@ def fit(
     if checkpoints is not None:
         first_epoch, (state, defense_state) = checkpoints.restore((state, defense_state))
 
-    run_epoch = loops.scan(train_step(model, recipe, optimizer, defense, mesh, transfer))
     predict = evaluator(model, mesh=mesh)
     test = None if test is None else parallel.replicate(test, mesh)
     for epoch in range(first_epoch, recipe.epochs):
@@ -142,6 +147,16 @@ def fit(
     return state
 
 
+@functools.lru_cache(maxsize=8)  # a loop of its own would be compiled anew at each call
+def _training(model, recipe, steps_per_epoch, on_batch, mesh, bn_frozen, unfrozen):
+    """Returns the optimiser and the loop over steps, the same ones for the same settings."""
+    optimizer = recipes.optimizer(recipe, steps_per_epoch)
+    step = train_step(
+        model, recipe, optimizer, mesh, on_batch=on_batch, bn_frozen=bn_frozen, unfrozen=unfrozen
+    )
+    return optimizer, loops.scan(step)
+
+
 def _fill_up(trees, lengths):
     """Repeats the first entry along the leading axes: shapes stay, so nothing is compiled anew."""
 
@@ -156,17 +171,18 @@ def train_step(
     model: Classifier,
     recipe: Recipe,
     optimizer: optax.GradientTransformation,
-    defense: Defense,
     mesh: jax.sharding.Mesh,
-    transfer: Transfer | None = None,
+    *,
+    on_batch: BatchFn = keep_batch,
+    bn_frozen: bool = False,
+    unfrozen: tuple[str, ...] | None = None,
 ) -> loops.Step:
     """Returns `step((dataset, defense_state, key), train_state, indices [B])`, for `loops.scan`.
 
     The batch is spread over `mesh`; means over it, BatchNorm's included, are over all of it.
-    Dropout, where the network has some, is drawn anew. With `transfer` only the head moves, and
-    the optimiser's state is that of the head; with `bn_frozen` there is no dropout.
+    Dropout, where the network has some, is drawn anew; with `bn_frozen` there is none. With
+    `unfrozen` the head and these parts of the body move, and the optimiser's state is theirs.
     """
-    bn_frozen = transfer is not None and transfer.bn_frozen
 
     def augment(key, images):
         if recipe.max_shift == 0 and not recipe.flip:
@@ -184,12 +200,11 @@ def train_step(
             (to_float(dataset.images[indices]), dataset.labels[indices]), mesh
         )
         batch = dataset._replace(images=augment(augment_key, images), labels=labels)
-        batch = defense.on_batch(defense_state, defense_key, state, batch)
+        batch = on_batch(defense_state, defense_key, state, batch)
 
         def loss_fn(trained):
-            params = trained if transfer is None else {**state.params, "head": trained}
             logits, updates = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
+                {"params": _join(state.params, trained, unfrozen), "batch_stats": state.batch_stats},
                 batch.images,
                 train=not bn_frozen,
                 mutable=["batch_stats"],
@@ -198,12 +213,12 @@ def train_step(
             losses, hits = losses_and_hits(logits, jnp.asarray(batch.labels))
             return jnp.mean(losses), (jnp.mean(hits), updates["batch_stats"])
 
-        trained = state.params if transfer is None else state.params["head"]
+        trained = _trained(state.params, unfrozen)
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (hits, batch_stats)), gradient = gradient_fn(trained)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
-        params = trained if transfer is None else {**state.params, "head": trained}
+        params = _join(state.params, trained, unfrozen)
         state = TrainState(state.step + 1, params, batch_stats, opt_state)
         return state, {"loss": loss, "train_accuracy": hits}
 
@@ -230,11 +245,32 @@ def _transferred(state, transfer, optimizer):
     body, batch_stats = jax.tree.map(
         jnp.array, (transfer.variables["params"]["body"], transfer.variables.get("batch_stats", {}))
     )
-    head = state.params["head"]
+    unknown = set(transfer.unfrozen) - set(body)
+    if unknown:
+        raise ValueError(
+            f"the body has no parts {', '.join(sorted(unknown))} to train; its parts are "
+            f"{', '.join(sorted(body))}"
+        )
+    params = {"body": body, "head": state.params["head"]}
     wanted = jax.tree.map(jnp.shape, (state.params["body"], state.batch_stats))
     if jax.tree.map(jnp.shape, (body, batch_stats)) != wanted:
         raise ValueError("transfer.variables do not fit the model: names or shapes differ")
-    return TrainState(state.step, {"body": body, "head": head}, batch_stats, optimizer.init(head))
+    opt_state = optimizer.init(_trained(params, transfer.unfrozen))
+    return TrainState(state.step, params, batch_stats, opt_state)
+
+
+def _trained(params, unfrozen):
+    """Returns what of `params` is trained: all of them, or the head and these parts of the body."""
+    if unfrozen is None:
+        return params
+    return {"head": params["head"], "body": {name: params["body"][name] for name in unfrozen}}
+
+
+def _join(params, trained, unfrozen):
+    """Returns `params` with what is trained in its place."""
+    if unfrozen is None:
+        return trained
+    return {**trained, "body": {**params["body"], **trained["body"]}}
 
 
 def epoch_order(key: jax.Array, epoch: int, num_examples: int, batch_size: int) -> jax.Array:

@@ -1,6 +1,8 @@
 """What changes from step to step of training."""
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Hashable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,18 +40,14 @@ def init_state(
 ) -> TrainState:
     """Returns the state before the first step, for images of shape (H, W, C)."""
 
-    @jax.jit
-    def init(key):
-        variables = model.init(key, jnp.zeros((1, *image_shape)))
-        params = variables["params"]
-        return TrainState(
-            jnp.zeros((), jnp.int32),
-            params,
-            variables.get("batch_stats", {}),
-            optimizer.init(params),
-        )
+    return _init(key, cast(Hashable, model), optimizer, image_shape)
 
-    return init(key)
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _init(key, model, optimizer, image_shape):
+    variables = model.init(key, jnp.zeros((1, *image_shape)))
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
 
 def at_step(state: TrainState, step: int) -> TrainState:
