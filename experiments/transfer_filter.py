@@ -43,6 +43,7 @@ from transfer_setting import (
     attack_of,
     first_of_each_class,
     load,
+    read,
     require_sensible,
 )
 
@@ -141,6 +142,24 @@ def compare(config: Config) -> None:
         run.say(f"picture: {path}")
 
 
+def reopened(folder: Path, data_dir: str | None, meter: run.Meter) -> tuple[Work, Bench]:
+    """Returns the run in `folder` and its first network, for a study that starts from them.
+
+    Args:
+      folder: of a run.
+      data_dir: where the data are now; None: where they were.
+      meter: for progress.
+
+    Raises:
+      ValueError: if there is no run.
+    """
+    config = read(folder)
+    output = run.Run(folder, dataclasses.asdict(config))
+    sets = load(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
+    work = Work(config, sets, output, meter)
+    return work, prepare(work, config.networks[0])
+
+
 def grid(config: Config, network: str) -> list[Cell]:
     """Returns the cells of one network; the first one is the clean set."""
     product = itertools.product(config.attacks, config.epsilons_255, config.shares)
@@ -211,30 +230,43 @@ def answers(features, head) -> np.ndarray:
 
 
 def poisons(work: Work, bench: Bench, cell: Cell) -> list[PoisonedDataset]:
-    """Returns the training sets of a cell's trials, crafted now unless their archive is there.
+    """Returns the training sets of a cell's trials, crafted now unless their archive is there."""
+    if not cell.share:
+        return transfer_poisons.clean(work.sets.train, draw_trials(work, bench, 0))
+    attack = attack_of(work.config, cell.attack, cell.epsilon_255)
+    return crafted(work, bench, cell.name, draw_trials(work, bench, cell.share), attack)
 
-    All cells of a network have the same targets, and poisons at a small p are among those at a
-    larger one.
+
+def draw_trials(
+    work: Work, bench: Bench, share: float, num_trials: int | None = None
+) -> attacks.Trials:
+    """Returns the trials, or the first so many, in which `share` of the base class is poisoned.
+
+    The targets are always the same, and poisons at a small share are among those at a larger one.
     """
-    config, sets, key = work.config, work.sets, jax.random.key(work.config.seed)
-    trials = attacks.draw_trials(
-        key, sets.train, sets.targets,
-        num_trials=bench.num_trials,
-        num_poisons=max(1, round(cell.share * config.parts.train)),
+    config, sets = work.config, work.sets
+    return attacks.draw_trials(
+        jax.random.key(config.seed), sets.train, sets.targets,
+        num_trials=min(num_trials or bench.num_trials, bench.num_trials),
+        num_poisons=max(1, round(share * config.parts.train)),
         base_class=config.base_class, target_class=config.target_class, target_ids=bench.right,
     )  # fmt: skip
-    if not cell.share:
-        return transfer_poisons.clean(sets.train, trials)
-    path = work.output.folder / "poisons" / f"{cell.name}.npz"
+
+
+def crafted(
+    work: Work, bench: Bench, name: str, trials: attacks.Trials, attack: attacks.TargetedAttack
+) -> list[PoisonedDataset]:
+    """Returns the training sets of all trials from the archive `name`, crafted if it is missing."""
+    path = work.output.folder / "poisons" / f"{name}.npz"
+    train = work.sets.train
     if not path.exists():
-        attack = attack_of(config, cell.attack, cell.epsilon_255)
-        crafted = attacks.poison(
-            key, sets.train, trials, attack, [bench.victim],
-            progress=lambda _, done, total: work.tell(f"{cell.name}: {done}/{total} poisons"),
+        poisoned = attacks.poison(
+            jax.random.key(work.config.seed), train, trials, attack, [bench.victim],
+            progress=lambda _, done, total: work.tell(f"{name}: {done}/{total} poisons"),
         )  # fmt: skip
-        transfer_poisons.save(path, crafted, trials)
+        transfer_poisons.save(path, poisoned, trials)
     # What is judged is what the archive holds.
-    return transfer_poisons.load(path, sets.train, trials)
+    return transfer_poisons.load(path, train, trials)
 
 
 def judge(work: Work, bench: Bench, cell: Cell) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import itertools
+import json
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -137,6 +138,30 @@ class Sets(NamedTuple):
     targets: Dataset
     test: Dataset
     source: str
+
+
+def read(folder: Path) -> Config:
+    """Returns the settings of the run in `folder`.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no run: make one with transfer_filter.py first")
+    nested = {
+        "pretraining": Recipe, "parts": Parts, "crafting": Crafting, "hint": HintConfig
+    }  # fmt: skip
+
+    def restored(settings: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: nested[name](**restored(value)) if isinstance(value, dict)
+            else tuple(value) if isinstance(value, list)
+            else value
+            for name, value in settings.items()
+        }  # fmt: skip
+
+    return Config(**restored(json.loads(path.read_text())))
 
 
 def require_sensible(config: Config) -> None:

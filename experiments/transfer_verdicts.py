@@ -62,12 +62,7 @@ def view(victim: Victim, clean: Dataset, poisoned: list[PoisonedDataset], truste
     places = np.tile(np.arange(num_clean, dtype=np.int32), (len(poisoned), 1))
     places[is_poisoned] = num_clean + np.arange(is_poisoned.sum())
     images = np.concatenate([clean.images, *(one.images[one.is_poisoned] for one in poisoned)])
-    mesh = parallel.data_mesh()
-    extract = _extractor(cast(Hashable, model), mesh)
-    charvec, trusted_charvec = (
-        extract(parallel.replicate(variables, mesh), parallel.replicate(part, mesh))
-        for part in (images, trusted.images)
-    )
+    charvec, trusted_charvec = (extract(victim, part) for part in (images, trusted.images))
     features, trusted_features = (
         np.asarray(training.features(model, variables, part)) for part in (images, trusted.images)
     )
@@ -80,7 +75,14 @@ def view(victim: Victim, clean: Dataset, poisoned: list[PoisonedDataset], truste
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=16)
+def extract(victim: Victim, images: np.ndarray) -> CharVec:
+    """Returns the characteristic vectors of images, uint8 or float32 in [0, 1], [N, H, W, C]."""
+    mesh = parallel.data_mesh()
+    run = _extractor(cast(Hashable, victim.model), mesh)
+    return run(*parallel.replicate((victim.variables, images), mesh))
+
+
+@functools.lru_cache(maxsize=16)  # a function of its own would be compiled anew at each call
 def _extractor(model, mesh):
     def extract(variables, images):
         return filters.extract_charvec(model, variables, to_float(images))

@@ -727,7 +727,7 @@ def test_fit_refuses_to_train_parts_that_there_are_not():
     train = Dataset(np.zeros((8, 8, 8, 3), np.uint8), np.arange(8, dtype=np.int32))
     trained = model.init(jax.random.key(9), jnp.zeros((1, 8, 8, 3)))
     transfer = training.Transfer(trained, unfrozen=("stage7",))
-    with pytest.raises(ValueError, match="no parts stage7 .* stage0_block0, stem"):
+    with pytest.raises(ValueError, match=r"no parts stage7 .* stage0_block0, stem"):
         training.fit(
             model, training.Recipe(batch_size=8), train, key=jax.random.key(0), transfer=transfer
         )

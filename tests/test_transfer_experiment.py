@@ -103,6 +103,56 @@ def test_running_again_does_only_what_is_missing(whole):
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
 
 
+def test_an_attacker_who_knows_the_filter_pays_for_passing(whole):
+    run_dir, _ = whole
+    script = ROOT / "experiments" / "adaptive_filter.py"
+
+    def attack(folder):
+        flags = ("--run-dir", str(folder), "--steps", "4", "--share", "0.5")
+        return subprocess.run(
+            [sys.executable, str(script), *flags], capture_output=True, text=True, timeout=600,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        )  # fmt: skip
+
+    done = attack(run_dir)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((run_dir / "adaptive.json").read_text())["rows"]
+    assert [row["lambda"] for row in rows] == [0.0, 0.03, 0.1, 0.3, 1.0, 3.0, "bisected"]
+    assert rows[0]["objective"] < rows[5]["objective"]
+    for row in rows:
+        assert row["found"]["none"] == 0 and 0 <= row["found"]["trusted"] <= 1
+        assert [len(hits) for hits in row["taken"].values()] == [2, 2, 2]
+    assert "| the best for each target |" in done.stdout
+    nowhere = attack(run_dir.parent)
+    assert nowhere.returncode != 0 and "holds no run: make one with" in nowhere.stderr
+
+
+def test_extractors_that_are_fine_tuned(whole):
+    run_dir, _ = whole
+    script = ROOT / "experiments" / "fine_tuning.py"
+    done = subprocess.run(
+        [
+            *(sys.executable, str(script), "--run-dir", str(run_dir), "--attacks", "gm"),
+            *("--share", "0.5", "--targets", "1", "--depths", "0", "9"),
+            *("--epochs", "12", "--batch-size", "5"),
+        ],
+        capture_output=True, text=True, timeout=600, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run_dir / "fine_tuning.json").read_text())
+    rows = result["rows"]
+    frozen, updated, *_, tuned = [row for row in rows if row["defense"] == "none"]
+    assert result["stages"][0] == ["stem", "stem_norm"] and tuned["depth"] == 4
+    first, *_, last = frozen["found_after"].values()
+    assert first == last and first["cosine"] == pytest.approx(1)
+    for other in (updated, tuned):
+        assert other["found_after"]["12"]["cosine"] < other["found_after"]["1"]["cosine"] < 1 - 1e-5
+    per_setting = ["none", "before", "each epoch"]
+    assert [row["defense"] for row in rows] == 2 * [*per_setting, "hint"] + 2 * per_setting
+    assert len([*(run_dir / "cells").glob("tuned-*")]) == len(rows)
+    assert all(0 <= row["accuracy"] <= 1 and row["trials"] == 1 for row in rows)
+
+
 def test_tables_are_filtered_too(tmp_path):
     out = tmp_path / "result.json"
     script = ROOT / "experiments" / "tabular_filter.py"

@@ -204,7 +204,10 @@ def train_step(
 
         def loss_fn(trained):
             logits, updates = model.apply(
-                {"params": _join(state.params, trained, unfrozen), "batch_stats": state.batch_stats},
+                {
+                    "params": _join(state.params, trained, unfrozen),
+                    "batch_stats": state.batch_stats,
+                },
                 batch.images,
                 train=not bn_frozen,
                 mutable=["batch_stats"],
