@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import run
 import transfer_verdicts
 from transfer_filter import Bench, Work, crafted, draw_trials, reopened
 from transfer_setting import attack_of, first_of_each_class, read
 
-from jaxpoison import attacks, defenses, filters, parallel, training
+from jaxpoison import attacks, defenses, parallel, training
 from jaxpoison.attacks import PoisonedDataset, TargetedAttack, Victim
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense
@@ -163,10 +162,11 @@ def look(victim: Victim, dataset: Dataset, trusted: Dataset) -> tuple[np.ndarray
     charvec, reference = (
         transfer_verdicts.extract(victim, part.images) for part in (dataset, trusted)
     )
-    labels, classes = jnp.asarray(dataset.labels), jnp.asarray(trusted.labels)
-    centroids = filters.fit_centroids(reference, classes, victim.model.num_classes)
-    result = filters.nearest_centroid_filter(charvec, labels, centroids)
-    return np.asarray(result.is_poison), transfer_verdicts.directions(charvec)
+    places = np.arange(len(dataset.labels))[None]
+    flagged, _ = transfer_verdicts.characteristic(
+        charvec, places, dataset.labels, (reference, trusted.labels), victim.model.num_classes
+    )
+    return np.asarray(flagged[0]), transfer_verdicts.directions(charvec)
 
 
 def tuned(

@@ -197,9 +197,14 @@ def _mean_share(flagged, among):
 
 def directions(charvec: CharVec) -> np.ndarray:
     """Returns vectors [N, D] whose squared distances are 2 * cosine distance, mean over blocks."""
+    return np.asarray(_directions(charvec))
+
+
+@jax.jit
+def _directions(charvec):
     blocks = [array for block in charvec.blocks for array in block]
     unit = [b / jnp.maximum(jnp.linalg.norm(b, axis=1, keepdims=True), 1e-12) for b in blocks]
-    return np.asarray(jnp.concatenate(unit, axis=1)) / np.sqrt(len(blocks))
+    return jnp.concatenate(unit, axis=1) / np.sqrt(len(blocks))
 
 
 def shift(view: View) -> np.ndarray:
