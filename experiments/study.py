@@ -140,11 +140,6 @@ def _recommended(config: Common, model: models.Classifier, splits: Splits) -> De
     return defenses.recommended(model, splits.validation, of_hint)
 
 
-def _trusted_even(config: Common, model: models.Classifier, splits: Splits) -> Defense:
-    repeats = max(1, round(len(splits.train.labels) / len(splits.validation.labels)))
-    return defenses.add_trusted(splits.validation, repeats=repeats)
-
-
 def _friends(kind: Literal["bernoulli", "uniform", "gaussian"]) -> Callable[..., Defense]:
     return lambda config, model, splits: defenses.friends(
         model, dataclasses.replace(config.friends, random=kind)
@@ -167,7 +162,9 @@ DEFENSES: dict[str, Callable[[Common, models.Classifier, Splits], Defense]] = {
     "recommended": _recommended,
     # Controls
     "trusted_added": lambda config, model, splits: defenses.add_trusted(splits.validation),
-    "trusted_even": _trusted_even,
+    "trusted_even": lambda config, model, splits: defenses.add_trusted(
+        splits.validation, repeats=None
+    ),
     "head_refit": lambda config, model, splits: defenses.refit_head(model, splits.validation),
     "random_noise": _random_noise,
     "hint_random": _hint(selection="random"),

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from sklearn.decomposition import PCA
 from transfer_tables import ATTACKS
-from transfer_verdicts import DATASET, ROC_GRID, TRUSTED, View, directions
+from transfer_verdicts import DATASET, LATE, ROC_GRID, TRUSTED, View, directions
 
 from jaxpoison import filters
 
@@ -34,7 +34,7 @@ def roc(path: Path, rows: Rows) -> None:
         axis = axes[attacks.index(row["attack"]), shares.index(row["share"])]
         axis.set_title(f"{ATTACKS[row['attack']]}, p = {row['share']:g}", fontsize=8)
         for number, name in enumerate(names):
-            ours = name in (DATASET, TRUSTED)
+            ours = name in (DATASET, TRUSTED, LATE)
             axis.plot(
                 ROC_GRID, row["roc"][name], color=f"C{number % 10}", label=name,
                 linewidth=2 if ours else 0.9, linestyle="-" if number < 10 else "--",

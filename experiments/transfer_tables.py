@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tables import PAPER as HINT_PAPER
-from transfer_verdicts import DATASET, TRUSTED
+from transfer_verdicts import DATASET, LATE, TRUSTED
 
 from jaxpoison import attacks
 
@@ -101,7 +101,11 @@ def _verdict(judged):
     most = max(row["share"] for row in judged)
     at_most = [row for row in judged if row["share"] == most]
     sentences = []
-    for name, text in ((DATASET, "centroids of the data themselves"), (TRUSTED, "trusted images")):
+    for name, text in (
+        (DATASET, "centroids of the data themselves"),
+        (TRUSTED, "trusted images"),
+        (LATE, "trusted images and the last three layers alone"),
+    ):
         tpr, _, successes, trials = _pooled(at_most, name)
         each = [row["filters"][name] for row in at_most]
         fpr = sum(one["fpr"] * one["trials"] for one in each) / trials
@@ -112,7 +116,7 @@ def _verdict(judged):
     tpr, _, successes, trials = _pooled(at_most, DATASET)
     failed = tpr < 0.5 or 2 * successes > trials
     opening = "The filter with the paper's centroids fails" if failed else "The filter"
-    return [f"**{opening} at p = {most:g}: {sentences[0]}; {sentences[1]}.**"]
+    return [f"**{opening} at p = {most:g}: {'; '.join(sentences)}.**"]
 
 
 def _groups(rows, *names):
@@ -189,7 +193,7 @@ def _beside_paper(judged):
         rows = [row for row in judged if (row["attack"], row["epsilon_255"]) == (attack, budget)]
         nearest = min((row["share"] for row in rows), key=lambda p: abs(p - 0.5), default=None)
         rows = [row for row in rows if row["share"] == nearest]
-        names = [*paper, TRUSTED] if rows else paper
+        names = [*paper, TRUSTED, LATE] if rows else paper
         for name in names:
             theirs = (
                 f"{paper[name]['asr']:.2f}, {paper[name]['accuracy']:.2f}" if name in paper else "-"

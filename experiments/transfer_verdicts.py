@@ -19,6 +19,7 @@ from jaxpoison.data import Dataset, to_float
 from jaxpoison.filters import CharVec
 
 DATASET, TRUSTED = "characteristic vectors", "characteristic vectors, trusted"
+LATE = "characteristic vectors of the last three layers, trusted"
 ORACLE = " (oracle)"  # in the name of a filter that is told how many poisons there are
 ROC_GRID = np.linspace(0, 1, 51)
 
@@ -120,10 +121,14 @@ def verdicts(view: View) -> dict[str, Verdict]:
         "confident learning": lambda f, y, t: filters.confident_learning(f, y),
     }
     found = {}
-    for name, reference in ((DATASET, None), (TRUSTED, (trusted_charvec, trusted_labels))):
-        num_classes = int(view.labels.max()) + 1
+    reference, num_classes = (trusted_charvec, trusted_labels), int(view.labels.max()) + 1
+    for name, centroids_of, gamma in (
+        (DATASET, None, "uniform"), (TRUSTED, reference, "uniform"), (LATE, reference, "last_3")
+    ):  # fmt: skip
         found[name] = Verdict(
-            *characteristic(view.charvec, view.places, view.labels, reference, num_classes)
+            *characteristic(
+                view.charvec, view.places, view.labels, centroids_of, num_classes, gamma
+            )
         )
     for name, rival in rivals.items():
         results = [
@@ -137,15 +142,15 @@ def verdicts(view: View) -> dict[str, Verdict]:
     return {name: Verdict(*map(np.asarray, verdict)) for name, verdict in found.items()}
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def characteristic(charvec, places, labels, trusted, num_classes):
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def characteristic(charvec, places, labels, trusted, num_classes, gamma="uniform"):
     """Returns (flagged, score), [T, N]; the centroids are those of `trusted`, or of each trial."""
 
     def one_trial(places):
         mine = jax.tree.map(lambda array: array[places], charvec)
         vectors, classes = trusted or (mine, labels)
         centroids = filters.fit_centroids(vectors, classes, num_classes)
-        result = filters.nearest_centroid_filter(mine, labels, centroids)
+        result = filters.nearest_centroid_filter(mine, labels, centroids, gamma=gamma)
         return result.is_poison, result.score
 
     return jax.lax.map(one_trial, places)

@@ -272,6 +272,10 @@ def test_layer_weights():
     np.testing.assert_allclose(filters.layer_weights("linear", 4), [0.1, 0.2, 0.3, 0.4])
     np.testing.assert_allclose(filters.layer_weights("last_2", 4), [0, 0, 0.5, 0.5])
     np.testing.assert_allclose(filters.layer_weights([1, 0, 3, 0], 4), [0.25, 0, 0.75, 0])
+    known = jnp.array([1.0, 0, 3, 0])
+    np.testing.assert_allclose(
+        jax.jit(lambda: filters.layer_weights(known, 4))(), [0.25, 0, 0.75, 0]
+    )
     for bad in ("last_5", "last_0", "first", "fisher"):
         with pytest.raises(ValueError, match='"last_1" to "last_4"'):
             filters.layer_weights(bad, 4)

@@ -222,6 +222,15 @@ def test_trusted_examples_added_are_those_of_the_joined_set():
     assert int(added.step) == 3 * (84 // 16)
 
 
+@pytest.mark.parametrize(("num_train", "repeats"), [(48, 3), (5, 1)])
+def test_trusted_examples_may_be_half_of_an_epoch(num_train, repeats):
+    train = jax.tree.map(lambda x: jnp.asarray(x[:num_train]), random_set())
+    defense = add_trusted(TRUSTED, repeats=None, mesh=one_device())  # 18 of them
+    _, dataset, _ = defense.on_epoch((), 0, None, train)
+    assert defense.size(num_train) == len(dataset.labels) == num_train + 18 * repeats
+    np.testing.assert_array_equal(dataset.labels[num_train:], np.tile(TRUSTED.labels, repeats))
+
+
 def test_trusted_examples_added_and_half_dropped_keep_the_schedule():
     def keep_half(state, epoch, train_state, dataset):
         return state, jax.tree.map(lambda x: x[: len(dataset.labels) // 2], dataset), {}

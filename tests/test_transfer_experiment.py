@@ -65,7 +65,7 @@ def test_a_run_leaves_tables_pictures_and_results(whole):
     clean, attacked = result["rows"]
     assert clean["share"] == 0 and "tpr" not in clean["filters"]["deep k-NN"]
     assert attacked["successes"] > 0  # or nothing was filtered
-    assert len(attacked["filters"]) == 11 and len(attacked["filters"]) == len(clean["filters"])
+    assert len(attacked["filters"]) == 12 and len(attacked["filters"]) == len(clean["filters"])
     for row in attacked["filters"].values():
         assert all(0 <= row[name] <= 1 for name in ("tpr", "fpr", "auroc", "accuracy"))
         assert row["trials"] == attacked["successes"] >= row["successes"]

@@ -19,7 +19,7 @@ from jaxpoison.training.heads import HEAD, HeadRecipe
 
 
 def add_trusted(
-    trusted: Dataset, *, repeats: int = 1, mesh: jax.sharding.Mesh | None = None
+    trusted: Dataset, *, repeats: int | None = 1, mesh: jax.sharding.Mesh | None = None
 ) -> Defense:
     """Returns the defence that appends the trusted examples to the training set of each epoch.
 
@@ -27,21 +27,29 @@ def add_trusted(
 
     Args:
       trusted: M clean examples, at least two classes.
-      repeats: how often each of them is seen in an epoch.
+      repeats: how often each of them is seen in an epoch; None: as often as makes them half of the
+        examples, as near as whole repeats come to it.
       mesh: devices to use; default all.
 
     Raises:
       ValueError: for a bad trusted set or fewer than one repeat.
     """
     check_trusted(trusted)
-    if repeats < 1:
+    if repeats is not None and repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")
     mesh = parallel.data_mesh() if mesh is None else mesh
     trusted = parallel.replicate(trusted, mesh)
-    num_added = repeats * len(trusted.labels)
+    num_trusted = len(trusted.labels)
+
+    def repeats_for(num_examples):
+        return repeats or max(1, round(num_examples / num_trusted))
+
+    def size(num_examples):
+        return num_examples + repeats_for(num_examples) * num_trusted
 
     @jax.jit
     def joined(dataset, trusted):
+        repeats = repeats_for(len(dataset.labels))
         images = jnp.tile(to_float(trusted.images), (repeats, 1, 1, 1))
         return dataset._replace(
             images=jnp.concatenate([to_float(dataset.images), images]),
@@ -51,9 +59,7 @@ def add_trusted(
     def on_epoch(state, epoch, train_state, dataset):
         return state, joined(dataset, trusted), {}
 
-    return Defense(
-        lambda key, dataset: (), on_epoch, keep_batch, size=lambda number: number + num_added
-    )
+    return Defense(lambda key, dataset: (), on_epoch, keep_batch, size=size)
 
 
 def refit_head(model: Classifier, trusted: Dataset, recipe: HeadRecipe = HEAD) -> Defense:
