@@ -182,7 +182,7 @@ class Clock:
 
 def events(settings: study.Config, name: str) -> tuple[int, ...]:
     """Returns the epochs before which a defence does more than before others."""
-    if name.startswith("hint") or name == "recommended":
+    if name.startswith("hint"):
         return settings.hint.schedule
     if name == "friends":
         return (settings.friends.epoch,)
@@ -204,8 +204,8 @@ def counted(settings: study.Config, name: str, num_train: int, num_trusted: int)
             return 1 + (2 * forward + 2 * settings.friends.num_steps) / plain
         case "epic":
             return 1 + num_events * forward / plain
-        case "recommended":  # at most: r is what it is
-            return 1 + num_trusted / num_train + num_events * (forward + 2) / plain
+        case "recommended":
+            return 1 + round(num_train / num_trusted) * num_trusted / num_train
         case "none":
             return 1.0
     ratio = float(name.removeprefix("hint_r"))

@@ -30,7 +30,6 @@ from jaxpoison import attacks, data, defenses, loops, models, parallel, training
 from jaxpoison.attacks import DeepConfuseConfig
 from jaxpoison.data import Dataset, Splits, to_float
 from jaxpoison.defenses import (
-    RECOMMENDED,
     Defense,
     EpicConfig,
     FatConfig,
@@ -120,6 +119,9 @@ SELECTION = (
 )
 
 
+BY_MASS = {"ratio": 1.0, "mass": 0.9}  # the smallest r that holds 90 % of all influence
+
+
 def _hint(**changes: Any) -> Callable[..., Defense]:
     """Returns HINT as configured, but for `changes`."""
 
@@ -135,9 +137,9 @@ def _hint_identity(config: Common, model: models.Classifier, splits: Splits) -> 
     return _hint(solver="identity", gamma=gamma)(config, model, splits)
 
 
-def _recommended(config: Common, model: models.Classifier, splits: Splits) -> Defense:
-    of_hint = dataclasses.replace(config.hint, ratio=RECOMMENDED.ratio, mass=RECOMMENDED.mass)
-    return defenses.recommended(model, splits.validation, of_hint)
+def _hint_recommended(config: Common, model: models.Classifier, splits: Splits) -> Defense:
+    healthy = _hint(**BY_MASS)(config, model, splits)
+    return defenses.chain(healthy, defenses.recommended(splits.validation))
 
 
 def _friends(kind: Literal["bernoulli", "uniform", "gaussian"]) -> Callable[..., Defense]:
@@ -159,18 +161,16 @@ DEFENSES: dict[str, Callable[[Common, models.Classifier, Splits], Defense]] = {
     "atda": lambda config, model, splits: defenses.adversarial_training(model, config.fat),
     "friends": _friends("bernoulli"),
     "epic": lambda config, model, splits: defenses.epic(model, config.epic),
-    "recommended": _recommended,
+    "recommended": lambda config, model, splits: defenses.recommended(splits.validation),
     # Controls
     "trusted_added": lambda config, model, splits: defenses.add_trusted(splits.validation),
-    "trusted_even": lambda config, model, splits: defenses.add_trusted(
-        splits.validation, repeats=None
-    ),
     "head_refit": lambda config, model, splits: defenses.refit_head(model, splits.validation),
     "random_noise": _random_noise,
     "hint_random": _hint(selection="random"),
     "hint_identity": _hint_identity,
     "hint_sign": _hint(step="sign"),
-    "hint_mass": _hint(ratio=RECOMMENDED.ratio, mass=RECOMMENDED.mass),
+    "hint_mass": _hint(**BY_MASS),
+    "hint_recommended": _hint_recommended,
     "friends_uniform": _friends("uniform"),
     "friends_gaussian": _friends("gaussian"),
     "jpeg": lambda config, model, splits: defenses.jpeg(),
@@ -590,7 +590,7 @@ def check_defenses(
     unknown = [name for name in names if name not in DEFENSES]
     if unknown:
         raise ValueError(f"unknown defences: {', '.join(unknown)}; there are {', '.join(DEFENSES)}")
-    with_hint = any(name == "recommended" or name.startswith("hint") for name in names)
+    with_hint = any(name.startswith("hint") for name in names)
     if with_hint and max(config.hint.schedule, default=0) >= config.recipe.epochs:
         raise ValueError(
             f"HINT's schedule {config.hint.schedule} goes beyond the {config.recipe.epochs} epochs"

@@ -26,13 +26,13 @@ from jaxpoison.training import CIFAR10, MNIST
 RIVALS = ("none", "hint", "atda", "friends", "epic", "recommended")
 CONTROLS = (
     "trusted_added",
-    "trusted_even",
     "head_refit",
     "random_noise",
     "hint_random",
     "hint_identity",
     "hint_sign",
     "hint_mass",
+    "hint_recommended",
     "jpeg",
     "mixup",
     "cutmix",

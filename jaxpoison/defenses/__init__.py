@@ -11,7 +11,6 @@ from jaxpoison.defenses.epic import epic as epic
 from jaxpoison.defenses.friends import FriendsConfig as FriendsConfig
 from jaxpoison.defenses.friends import friends as friends
 from jaxpoison.defenses.hint import PAPER as PAPER
-from jaxpoison.defenses.hint import RECOMMENDED as RECOMMENDED
 from jaxpoison.defenses.hint import RELEASED_CODE as RELEASED_CODE
 from jaxpoison.defenses.hint import HintConfig as HintConfig
 from jaxpoison.defenses.hint import HintState as HintState

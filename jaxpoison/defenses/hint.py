@@ -62,7 +62,6 @@ class HintConfig:
 
 
 PAPER = HintConfig()
-RECOMMENDED = HintConfig(ratio=1.0, mass=0.9)
 RELEASED_CODE = HintConfig(
     beta=16 / 255,
     solver="lissa",
