@@ -110,9 +110,7 @@ def comparison(rows: Rows, dataset: str, data: str, attack: str, source: str) ->
         )
     header = ["p", "defence", "ours", "seeds", "training images", "seconds", "paper"]
     caption = f"Test accuracy (%) after the last epoch. {source}; attack: {attack}."
-    note = (
-        "The paper's figures: the full set, a fourth attack (DeepConfuse) in the mixture, 5 trials"
-    )
+    note = "The paper's figures: the full set, PGD + DAP + DURP + DeepConfuse, 5 trials"
     ending = "." if data == "full" else "; this run: a small slice, so only the order compares."
     return "\n".join([Table(caption, header, lines).markdown(), note + ending, ""])
 
@@ -320,7 +318,7 @@ def page(folder: Path, where: Path) -> str:
         "Made by `python experiments/tables.py` from the files in "
         f"[{folder.name}]({link(folder)}); do not edit. Accuracy is that after the "
         "last epoch, mean ± standard deviation over seeds. The paper is HINT, arXiv 2309.08549: "
-        "full sets, 5 trials, and a fourth attack (DeepConfuse) in its mixture of poisons.",
+        "full sets, 5 trials, and a mixture of PGD, DAP, DURP and DeepConfuse.",
         "",
     ]
     for path, result in results(folder):

@@ -39,6 +39,7 @@ import numpy as np
 import run
 import study
 import tables
+import untargeted
 
 from jaxpoison import attacks, models, parallel, training
 from jaxpoison.attacks import MetaPoisonConfig, PoisonedDataset, TargetedAttack, Trials, Victim
@@ -337,21 +338,15 @@ MP_PAPER = dataclasses.replace(
     num_poisons=500,
     mp=MetaPoisonConfig(colour=0.04),
 )
-# A third of the epochs, a twentieth of the images; five times the share of poisons, half a class.
+# Images, network and defences of the other grid; five times the share of poisons, half a class.
+SHARED = ("data", "width", "blocks", "recipe", "hint", "friends", "epic", "checkpoint_every")
 GM_LAPTOP = dataclasses.replace(
     GM_PAPER,
+    **{name: getattr(untargeted.CIFAR10_LAPTOP, name) for name in SHARED},
     run_dir=Path("runs/targeted-gm-laptop"),
-    data="embedded",
-    width=8,
-    blocks=(1, 1, 1),
-    recipe=dataclasses.replace(CIFAR10, epochs=26, milestones=(10, 16, 23)),
-    hint=HintConfig(schedule=(2, 5, 13)),
-    friends=FriendsConfig(epoch=2),
     fat=FatConfig(epsilon=0.062, num_steps=4, tau_epochs=(11, 20)),
-    epic=EpicConfig(start=3, every=1, last=23),
     num_poisons=125,
     gm=Matching(restarts=2),
-    checkpoint_every=5,
 )
 MP_LAPTOP = dataclasses.replace(
     GM_LAPTOP,

@@ -115,6 +115,15 @@ def smooth_loss(params, images, labels):
     return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
+def assert_slope_is_a_difference_quotient(function, point, gradient, rng):
+    """Along one random direction; in float64."""
+    direction = jnp.asarray(rng.normal(size=point.shape))
+    ahead, behind = (function(point + step * direction) for step in (1e-5, -1e-5))
+    slope = jnp.vdot(gradient, direction)
+    assert abs(slope) > 1e-4
+    np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-6)
+
+
 def test_mismatch_agrees_with_finite_differences_and_batches_do_not_matter():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
@@ -337,11 +346,7 @@ def test_the_unrolled_gradient_is_the_slope_of_literal_retraining(num_steps):
 
         value, gradient = jax.jit(jax.value_and_grad(ours))(poisons)
         np.testing.assert_allclose(value, retrained(poisons), rtol=1e-12)
-        direction = jnp.asarray(rng.normal(size=poisons.shape))
-        ahead, behind = (retrained(poisons + step * direction) for step in (1e-5, -1e-5))
-        slope = jnp.vdot(gradient, direction)
-        assert abs(slope) > 1e-4
-        np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-6)
+        assert_slope_is_a_difference_quotient(retrained, poisons, gradient, rng)
 
 
 def test_the_margin_is_negative_where_the_target_is_taken_for_the_base_class():
@@ -459,11 +464,7 @@ def test_the_generators_gradient_is_the_slope_of_the_loss_after_a_literal_step()
             )
         )(poisoned)
         np.testing.assert_allclose(value, literally(poisoned), rtol=1e-12)
-        direction = jnp.asarray(rng.normal(size=clean.shape))
-        ahead, behind = (literally(poisoned + step * direction) for step in (1e-5, -1e-5))
-        slope = jnp.vdot(gradient, direction)
-        assert abs(slope) > 1e-4
-        np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-6)
+        assert_slope_is_a_difference_quotient(literally, poisoned, gradient, rng)
 
 
 def test_the_replay_walks_the_trajectory_of_training_on_the_old_generators_images():
