@@ -34,6 +34,7 @@ import traceback
 from pathlib import Path
 from typing import Any, Literal
 
+import figures
 import jax
 import numpy as np
 import run
@@ -43,7 +44,7 @@ import untargeted
 
 from jaxpoison import attacks, models, parallel, training
 from jaxpoison.attacks import MetaPoisonConfig, PoisonedDataset, TargetedAttack, Trials, Victim
-from jaxpoison.data import Splits
+from jaxpoison.data import Dataset, Splits
 from jaxpoison.defenses import EpicConfig, FatConfig, FriendsConfig, HintConfig
 from jaxpoison.training import CIFAR10, Checkpoints
 
@@ -129,7 +130,38 @@ def experiment(config: Config) -> None:
     table = f"{gate(rows)}\n\n{tables.table_III(written).markdown()}"
     run.say(table)
     output.write_result(rows, table, **result)
+    parallel.on_main(lambda: draw_targets(config, splits, rows))
     run.require_no_errors({row["cell"]: row for row in asked})
+
+
+def draw_targets(config: Config, splits: Splits, rows: list[dict[str, Any]]) -> None:
+    """Draws up to five targets and what all victims see in them, as the paper's Figure 3 does."""
+    rows = [row for row in rows if "error" not in row]
+    defenses = list(dict.fromkeys(row["defense"] for row in rows))
+    judged = {name: {r["target"]: r for r in rows if r["defense"] == name} for name in defenses}
+    shown = sorted(set.intersection(*map(set, judged.values())))[:5] if judged else []
+    if not shown:
+        return
+    of_first = [judged[defenses[0]][target] for target in shown]
+    images = splits.test.images[[row["target_id"] for row in of_first]]
+
+    def told(name, what):
+        return np.array([judged[name][target][what] for target in shown])
+
+    seen = {
+        tables.label(name): (told(name, "prediction"), told(name, "confidence"))
+        for name in defenses
+    }
+    path = config.run_dir / "predictions.png"
+    figures.predictions(
+        path,
+        Dataset(images, np.array([row["target_label"] for row in of_first])),
+        seen,
+        class_names=splits.class_names,
+        title="Targets, and what victims see; red: what the attack wanted",
+        intended=np.array([row["base_label"] for row in of_first]),
+    )
+    run.say(f"picture: {path}")
 
 
 def gate(rows: list[dict[str, Any]]) -> str:
@@ -190,7 +222,8 @@ def victim(
     return {
         "success": bool(outcome.success[0]),
         "prediction": int(outcome.prediction[0]),
-        "confidence": float(outcome.confidence[0]),
+        "confidence": float(outcome.probabilities[0].max()),
+        "intended_confidence": float(outcome.probabilities[0, poisoned.target.base_label]),
         "test_accuracy": float(outcome.accuracy[0]),
         "target_label": poisoned.target.label,
         "base_label": poisoned.target.base_label,

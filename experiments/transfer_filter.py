@@ -14,7 +14,8 @@ Every stage is kept in --run-dir, and the same command continues a killed run:
 checkpoints/NETWORK          the pre-trained network
 poisons/CELL.npz             the poisons of all trials of an attack, budget and share, in 8 bits
 cells/CELL.json              what became of them
-result.json, table.md        all of it; roc.png, share.png, vectors.png: pictures
+result.json, table.md        all of it
+roc.png, share.png, vectors.png, predictions-ATTACK.png   pictures
 """
 
 import argparse
@@ -26,6 +27,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import figures
 import jax
 import numpy as np
 import run
@@ -49,6 +51,7 @@ from transfer_setting import (
 
 from jaxpoison import attacks, training
 from jaxpoison.attacks import PoisonedDataset, Victim
+from jaxpoison.data import Dataset, catalogue
 from jaxpoison.defenses import chain, characteristic_filter, hint, none
 from jaxpoison.filters import ContaminationWarning
 from jaxpoison.training import Checkpoints
@@ -137,6 +140,7 @@ def compare(config: Config) -> None:
             clean_accuracy=clean, source=sets.source,
         )  # fmt: skip
         pictures = draw(work, benches[config.networks[0]], rows)
+        pictures += draw_targets(work, hint_rows)
     run.say("\n" + text)
     for path in pictures:
         run.say(f"picture: {path}")
@@ -325,16 +329,28 @@ def with_hint(work: Work, bench: Bench, cell: Cell) -> list[dict[str, Any]]:
     )
     rows = []
     for name, defense in defenses.items():
-        successes, accuracies = 0, []
+        seen, accuracies = [], []
         for trial, (one, aim) in enumerate(zip(poisoned, aims, strict=True)):
             work.tell(f"{cell.name}, {name}: trial {trial + 1}/{len(poisoned)}")
             key = jax.random.fold_in(jax.random.key(config.seed), aim.target_id)
             head = training.fit_defended_head(key, model, variables, one.dataset, defense)
-            successes += int(answers(targets[trial], head) == aim.base_label)
+            seen.append(jax.nn.softmax(targets[trial] @ head["kernel"] + head["bias"]))
             accuracies.append(np.mean(answers(test, head) == sets.test.labels))
-        outcome = {"trials": len(poisoned), "successes": successes}
-        accuracy = float(np.mean(accuracies))
-        rows.append({**dataclasses.asdict(cell), "defense": name, **outcome, "accuracy": accuracy})
+        predictions, confidences = np.argmax(seen, axis=1), np.max(seen, axis=1)
+        intended = [aim.base_label for aim in aims]
+        rows.append(
+            {
+                **dataclasses.asdict(cell),
+                "defense": name,
+                "trials": len(poisoned),
+                "successes": int(np.sum(predictions == intended)),
+                "accuracy": float(np.mean(accuracies)),
+                "target_ids": [aim.target_id for aim in aims],
+                "intended": intended,
+                "predictions": predictions.tolist(),
+                "confidences": confidences.tolist(),
+            }
+        )
     work.output.finish(f"{cell.name}-hint", {"rows": rows})
     return rows
 
@@ -356,6 +372,30 @@ def draw(work: Work, bench: Bench, rows: list[dict[str, Any]]) -> list[Path]:
     trusted = first_of_each_class(work.sets.trusted, work.config.trusted_per_class)
     view = transfer_verdicts.view(bench.victim, work.sets.train, one, trusted)
     transfer_figures.vectors(paths[2], view, cell.name)
+    return paths
+
+
+def draw_targets(work: Work, rows: list[dict[str, Any]]) -> list[Path]:
+    """Draws five targets of each attack and what the first network's heads see, with HINT too."""
+    paths = []
+    for attack in work.config.hint_attacks:
+        mine = [
+            row for row in rows
+            if (row["attack"], row["network"]) == (attack, work.config.networks[0])
+        ]  # fmt: skip
+        shown = np.array(mine[0]["target_ids"][:5])
+        paths.append(work.output.folder / f"predictions-{attack}.png")
+        figures.predictions(
+            paths[-1],
+            Dataset(work.sets.targets.images[shown], work.sets.targets.labels[shown]),
+            {
+                row["defense"].replace("hint", "HINT"): (row["predictions"], row["confidences"])
+                for row in mine
+            },
+            class_names=catalogue.entry("cifar10").class_names,
+            title=f"Targets of {transfer_tables.ATTACKS[attack]}; red: what the attack wanted",
+            intended=np.array(mine[0]["intended"]),
+        )
     return paths
 
 

@@ -45,6 +45,7 @@ def test_a_run_prints_strength_first_and_leaves_table_and_archives(first):
     strength = done.stdout.index("Strength: of undefended victims")
     assert done.stdout.index("target001-none") < strength < done.stdout.index("target000-hint")
     assert "| GM | HINT |" in done.stdout
+    assert (run_dir / "predictions.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((run_dir / "result.json").read_text())
     assert result["kind"] == "targeted"
     assert [(row["target"], row["defense"]) for row in result["rows"]] == [
@@ -53,7 +54,7 @@ def test_a_run_prints_strength_first_and_leaves_table_and_archives(first):
     train = load_embedded("cifar10", seed=0).train.images[:192]
     for row in result["rows"]:
         assert row["success"] == (row["prediction"] == row["base_label"])
-        assert 0 <= row["confidence"] <= 1
+        assert 0 <= row["intended_confidence"] <= row["confidence"] <= 1
         one = attacks.load(run_dir / "poisons" / f"target{row['target']:03d}.npz")
         assert (one.target.target_id, one.target.base_label) == (
             row["target_id"],

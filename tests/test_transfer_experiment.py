@@ -59,7 +59,7 @@ def test_a_run_leaves_tables_pictures_and_results(whole):
     assert "at p = 0.8: with centroids of the data" in table.splitlines()[2]  # what may fail, first
     assert "| bullseye polytope | characteristic vectors | 4.17, 89.57 |" in table  # the paper's
     assert "filter + HINT" in table and "1/5, 92.41" in table
-    for name in ("roc.png", "share.png", "vectors.png"):
+    for name in ("roc.png", "share.png", "vectors.png", "predictions-bp.png"):
         assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
     result = json.loads((run_dir / "result.json").read_text())
     clean, attacked = result["rows"]

@@ -47,13 +47,13 @@ class ScratchOutcome(NamedTuple):
     Attributes:
       prediction: int32 [T], the class that the target is given (its first view).
       success: bool [T], whether that is the base class.
-      confidence: float32 [T], the probability that the network gives to the base class.
+      probabilities: float32 [T, K], what the network gives to each class.
       accuracy: float32 [T], on the test set.
     """
 
     prediction: np.ndarray
     success: np.ndarray
-    confidence: np.ndarray
+    probabilities: np.ndarray
     accuracy: np.ndarray
 
     @property
@@ -125,15 +125,16 @@ def scratch_outcome(
             report=None if report is None else functools.partial(report, trial),
         )
         logits = model.apply(state.variables, to_float(target.images[:1]))
-        confidence = jax.nn.softmax(jnp.asarray(logits)[0])
+        probabilities = np.asarray(jax.nn.softmax(jnp.asarray(logits)[0]), np.float32)
         accuracy = evaluation.accuracy(predict, state.variables, test)
-        answers.append((int(confidence.argmax()), float(confidence[target.base_label]), accuracy))
-    prediction, confidence, accuracy = map(np.array, zip(*answers, strict=True))
+        answers.append((probabilities, accuracy))
+    probabilities, accuracy = map(np.array, zip(*answers, strict=True))
+    prediction = probabilities.argmax(axis=1)
     success = prediction == np.array([target.base_label for target in targets])
     return ScratchOutcome(
         prediction.astype(np.int32),
         success,
-        confidence.astype(np.float32),
+        probabilities,
         accuracy.astype(np.float32),
     )
 
