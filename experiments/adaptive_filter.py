@@ -13,7 +13,7 @@ this attacker knows; d0 is the median distance of those images to their own. lam
 bisected for each target: the smallest one at which 95 % of its poisons pass. A filter is then
 charged with each target that any lambda takes past it.
 
-Writes adaptive.json into the run's folder.
+Writes adaptive-GAMMA.json into the run's folder.
 """
 
 import argparse
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True, help="of transfer_filter.py")
     parser.add_argument("--data-dir", help="of tensorflow-datasets; default as in that run")
     parser.add_argument("--share", type=float, default=0.24, help="p of the base class")
+    parser.add_argument("--gamma", default="last_3", help="layers that the filter looks at")
     parser.add_argument("--steps", type=int, default=200, help="of each crafting")
     options = parser.parse_args()
     try:
@@ -66,11 +67,13 @@ def study(options: argparse.Namespace) -> None:
         trials = draw_trials(work, bench, options.share)
         epsilon = max(config.epsilons_255) / 255
         bases = to_float(sets.train.images)[trials.rows]
-        craft = crafting(bench.victim, sets.train, trials, bases, epsilon, options.steps)
+        craft = crafting(
+            bench.victim, sets.train, trials, bases, epsilon, options.gamma, options.steps
+        )
 
         def judged(name, poisons, potency):
             images = quantise(np.asarray(poisons), np.asarray(bases), epsilon)
-            outcome = judge(work, bench, trials, images)
+            outcome = judge(work, bench, trials, images, options.gamma)
             return {"lambda": name, "objective": float(np.mean(potency)), **outcome}
 
         rows = []
@@ -92,17 +95,18 @@ def study(options: argparse.Namespace) -> None:
     result = {
         "rows": rows,
         "share": options.share,
+        "gamma": options.gamma,
         "epsilon_255": 255 * epsilon,
         "steps": options.steps,
         "log10_lambda": np.asarray(high).tolist(),
         "config": work.output.config,
         "environment": run.environment(),
     }
-    run.write_json(options.run_dir / "adaptive.json", result)
+    run.write_json(options.run_dir / f"adaptive-{options.gamma}.json", result)
     run.say(report(rows))
 
 
-def crafting(victim, train, trials, bases, epsilon, num_steps):
+def crafting(victim, train, trials, bases, epsilon, gamma, num_steps):
     """Returns `craft(lambdas [T], start) -> (poisons, objective [T], share that passes [T])`.
 
     `start` and the poisons are float32 [T, P, H, W, C].
@@ -114,7 +118,7 @@ def crafting(victim, train, trials, bases, epsilon, num_steps):
     def reference(variables, images, labels):
         charvec = filters.extract_charvec(model, variables, to_float(images))
         centroids = filters.fit_centroids(charvec, labels, num_classes)
-        distances = filters.centroid_distances(charvec, centroids)
+        distances = filters.centroid_distances(charvec, centroids, gamma=gamma)
         return centroids, jnp.median(distances[jnp.arange(len(labels)), labels])
 
     centroids, scale = reference(variables, jnp.asarray(train.images), jnp.asarray(train.labels))
@@ -131,7 +135,7 @@ def crafting(victim, train, trials, bases, epsilon, num_steps):
             )
             view = feature_space.View(features, target, variables["params"]["head"], label)
             labels = jnp.full(len(poisons), label)
-            margins = filters.nearest_centroid_filter(charvec, labels, centroids).score
+            margins = filters.nearest_centroid_filter(charvec, labels, centroids, gamma=gamma).score
             potency = feature_space.bullseye([view])
             price = jnp.mean(jax.nn.relu(margins / scale + KAPPA))
             return potency + weight * price, (potency, jnp.mean(margins <= 0))
@@ -157,7 +161,7 @@ def crafting(victim, train, trials, bases, epsilon, num_steps):
     return craft
 
 
-def judge(work: Work, bench: Bench, trials, images) -> dict[str, Any]:
+def judge(work: Work, bench: Bench, trials, images, gamma: str) -> dict[str, Any]:
     """Returns poisons found, and which targets are taken, without and with the filters."""
     config, sets = work.config, work.sets
     poisoned = transfer_poisons.restored(
@@ -170,7 +174,12 @@ def judge(work: Work, bench: Bench, trials, images) -> dict[str, Any]:
     for name, reference in references.items():
         flagged[name] = np.asarray(
             transfer_verdicts.characteristic(
-                view.charvec, view.places, view.labels, reference, bench.victim.model.num_classes
+                view.charvec,
+                view.places,
+                view.labels,
+                reference,
+                bench.victim.model.num_classes,
+                gamma,
             )[0]
         )
     outcome = attacks.transfer_outcome(
