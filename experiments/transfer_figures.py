@@ -39,8 +39,11 @@ def roc(path: Path, rows: Rows) -> None:
                 ROC_GRID, row["roc"][name], color=f"C{number % 10}", label=name,
                 linewidth=2 if ours else 0.9, linestyle="-" if number < 10 else "--",
             )  # fmt: skip
-    for axis in axes.flat:
-        axis.set_visible(axis.has_data())
+    for line in axes:
+        filled = [axis for axis in line if axis.has_data()]
+        filled[0].tick_params(labelleft=True)  # also where the cell before it does not count
+        for axis in line:
+            axis.set_visible(axis in filled)
     filled = next(axis for axis in axes.flat if axis.has_data())
     handles, labels = filled.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=7)
@@ -78,7 +81,9 @@ def found_over_share(path: Path, rows: Rows) -> None:
         axis.set_xlim(0, 1)
         axis.set_ylim(-0.03, 1.03)
     axes[0].set_ylabel("share of poisons found")
-    axes[0].legend(fontsize=7)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7
+    )
     grid = np.linspace(0, 1, 101)
     axes[-1].plot(
         grid, [filters.detectable_shift(p) for p in grid], color="black", label="1 / (2 - p)"
