@@ -134,7 +134,7 @@ def test_extractors_that_are_fine_tuned(whole):
         [
             *(sys.executable, str(script), "--run-dir", str(run_dir), "--attacks", "gm"),
             *("--share", "0.5", "--targets", "1", "--depths", "0", "9"),
-            *("--epochs", "12", "--batch-size", "5"),
+            *("--epochs", "4", "--batch-size", "5"),
         ],
         capture_output=True, text=True, timeout=600, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
     )  # fmt: skip
@@ -146,7 +146,7 @@ def test_extractors_that_are_fine_tuned(whole):
     first, *_, last = frozen["found_after"].values()
     assert first == last and first["cosine"] == pytest.approx(1)
     for other in (updated, tuned):
-        assert other["found_after"]["12"]["cosine"] < other["found_after"]["1"]["cosine"] < 1 - 1e-5
+        assert other["found_after"]["4"]["cosine"] < other["found_after"]["1"]["cosine"] < 1 - 1e-5
     per_setting = ["none", "before", "each epoch"]
     assert [row["defense"] for row in rows] == 2 * [*per_setting, "hint"] + 2 * per_setting
     assert len([*(run_dir / "cells").glob("tuned-*")]) == len(rows)

@@ -187,8 +187,29 @@ def transfer_outcome(
         for part in (images, test.images, np.stack([target.images[0] for target in targets]))
     )
 
-    @jax.jit
-    @jax.vmap
+    head, prediction, accuracy = _judge(
+        key,
+        (train_features, test_features, jnp.asarray(test.labels)),
+        (
+            jnp.array([target.target_id for target in targets]),
+            jnp.asarray(places),
+            jnp.asarray(np.stack([one.labels for one in poisoned])),
+            jnp.asarray(keep),
+            target_features,
+        ),
+        num_classes=num_classes,
+        recipe=recipe,
+    )
+    prediction = np.asarray(prediction, np.int32)
+    success = prediction == np.array([target.base_label for target in targets])
+    return Outcome(prediction, success, np.asarray(accuracy), jax.tree.map(np.asarray, head))
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "recipe"))
+def _judge(key, shared, trials, *, num_classes, recipe):
+    """Returns heads, predictions of the targets and accuracies, for all trials."""
+    train_features, test_features, test_labels = shared
+
     def judge(target_id, places, labels, keep, target):
         head = heads.fit_head(
             jax.random.fold_in(key, target_id),
@@ -200,18 +221,9 @@ def transfer_outcome(
         )
         answers = jnp.argmax(test_features @ head["kernel"] + head["bias"], axis=-1)
         prediction = jnp.argmax(target @ head["kernel"] + head["bias"])
-        return head, prediction, jnp.mean(answers == test.labels)
+        return head, prediction, jnp.mean(answers == test_labels)
 
-    head, prediction, accuracy = judge(
-        jnp.array([target.target_id for target in targets]),
-        jnp.asarray(places),
-        jnp.asarray(np.stack([one.labels for one in poisoned])),
-        jnp.asarray(keep),
-        target_features,
-    )
-    prediction = np.asarray(prediction, np.int32)
-    success = prediction == np.array([target.base_label for target in targets])
-    return Outcome(prediction, success, np.asarray(accuracy), jax.tree.map(np.asarray, head))
+    return jax.vmap(judge)(*trials)
 
 
 def _checked(poisoned: Sequence[PoisonedDataset], test: Dataset, num_classes: int) -> list[Target]:
