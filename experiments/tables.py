@@ -35,7 +35,7 @@ LABELS = {
     "hint_identity": "HINT, identity for H⁻¹",
     "hint_sign": "HINT, sign of the map",
     "hint_mass": "HINT, r by 90 % of influence",
-    "hint_recommended": "the same, and recommended",
+    "hint_recommended": "HINT, r by 90 % of influence, + recommended",
     "friends_uniform": "FRIENDS, uniform noise",
     "friends_gaussian": "FRIENDS, Gaussian noise",
     "jpeg": "JPEG, quality 10",
