@@ -7,7 +7,7 @@ that open).
 The last b stages of the extractor are trained on the poisoned set together with a new head, with
 BatchNorm's running statistics frozen or not. The poisons are those of bullseye polytope, which
 reaches for the features of the extractor as it was, and of gradient matching through all of its
-parameters. The filter has trusted centroids, and takes its characteristic vectors from the
+parameters. The filter has trusted centroids of the last three layers, and takes its characteristic vectors from the
 extractor as it was ("before"), from the network as it is, again before each epoch ("each epoch"),
 or would take them from the network after so many epochs ("found after"). HINT sees all trusted
 images. Rows are printed as they are measured, and kept: the same command continues.
@@ -41,6 +41,7 @@ from jaxpoison.training import Recipe, Transfer
 
 ATTACKS = ("bp", "gm")
 FROZEN_EXTRACTOR = 0
+LAYERS = "last_3"  # that the filter looks at
 
 
 def main() -> None:
@@ -137,7 +138,7 @@ def defenses_of(work: Work, bench: Bench, depth: int, recipe: Recipe) -> dict[st
     trusted = first_of_each_class(sets.trusted, config.trusted_per_class)
     compared = {
         "none": defenses.none(),
-        "before": defenses.characteristic_filter(model, variables, trusted),
+        "before": defenses.characteristic_filter(model, variables, trusted, gamma=LAYERS),
         "each epoch": filter_anew(model, trusted),
     }
     if depth == FROZEN_EXTRACTOR:
@@ -164,7 +165,12 @@ def look(victim: Victim, dataset: Dataset, trusted: Dataset) -> tuple[np.ndarray
     )
     places = np.arange(len(dataset.labels))[None]
     flagged, _ = transfer_verdicts.characteristic(
-        charvec, places, dataset.labels, (reference, trusted.labels), victim.model.num_classes
+        charvec,
+        places,
+        dataset.labels,
+        (reference, trusted.labels),
+        victim.model.num_classes,
+        LAYERS,
     )
     return np.asarray(flagged[0]), transfer_verdicts.directions(charvec)
 
