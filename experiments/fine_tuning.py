@@ -7,10 +7,10 @@ that open).
 The last b stages of the extractor are trained on the poisoned set together with a new head, with
 BatchNorm's running statistics frozen or not. The poisons are those of bullseye polytope, which
 reaches for the features of the extractor as it was, and of gradient matching through all of its
-parameters. The filter has trusted centroids of the last three layers, and takes its characteristic vectors from the
-extractor as it was ("before"), from the network as it is, again before each epoch ("each epoch"),
-or would take them from the network after so many epochs ("found after"). HINT sees all trusted
-images. Rows are printed as they are measured, and kept: the same command continues.
+parameters. The filter has trusted centroids of the last three layers, and takes its characteristic
+vectors from the extractor as it was ("before"), from the network as it is, again before each epoch
+("each epoch"), or would take them from the network after so many epochs ("found after"). HINT sees
+all trusted images. Rows are printed as they are measured, and kept: the same command continues.
 
 Writes fine_tuning.json into the run's folder.
 """
