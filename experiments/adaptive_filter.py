@@ -60,6 +60,8 @@ def main() -> None:
 
 def study(options: argparse.Namespace) -> None:
     """Sweeps and bisects lambda, and prints the table."""
+    if options.steps < 1 or not 0 < options.share <= 1:
+        raise ValueError("expected at least one step and a share in (0, 1]")
     epochs = read(options.run_dir).pretraining.epochs
     with run.Meter(epochs + len(LAMBDAS) + ROUNDS) as meter:
         work, bench = reopened(options.run_dir, options.data_dir, meter)

@@ -67,6 +67,8 @@ def main() -> None:
 
 def study(options: argparse.Namespace) -> None:
     """Trains what is missing and prints the table."""
+    if options.targets < 1 or min(options.depths) < 0 or not 0 < options.share <= 1:
+        raise ValueError("expected at least one target, depths from 0 on and a share in (0, 1]")
     epochs, most_defenses = read(options.run_dir).pretraining.epochs, 4
     recipe = Recipe(
         epochs=options.epochs, batch_size=options.batch_size, learning_rate=0.01, milestones=(),

@@ -86,7 +86,8 @@ def fit(
     parallel.check_divisible(recipe.batch_size, mesh)
     most_examples = defense.size(len(train.labels))
     steps_per_epoch = recipes.steps_per_epoch(recipe, most_examples)
-    bn_frozen, unfrozen = (False, None) if transfer is None else transfer[1:]
+    bn_frozen = transfer is not None and transfer.bn_frozen
+    unfrozen = None if transfer is None else tuple(transfer.unfrozen)
     optimizer, run_epoch = _training(
         cast(Hashable, model), recipe, steps_per_epoch, defense.on_batch, mesh, bn_frozen, unfrozen
     )
