@@ -394,15 +394,8 @@ def defense_of(config: Config, model: models.Classifier, splits: Splits, cell: C
 
 def save_predictions(output, model, state: TrainState, splits: Splits, cell: Cell) -> None:
     """Saves what a trained network says of the test images, and how sure it is."""
-
-    def predict(variables, images):
-        shares = jax.nn.softmax(model.apply(variables, to_float(images)))
-        return jnp.argmax(shares, axis=-1), jnp.max(shares, axis=-1)
-
-    mesh = parallel.data_mesh()
-    predict_all = loops.map_batches(predict, mesh=mesh)
-    images = parallel.replicate(splits.test.images, mesh)
-    labels, confidences = map(parallel.to_host, predict_all(state.variables, images))
+    shares = probabilities(model, state.variables, splits.test.images)
+    labels, confidences = shares.argmax(axis=1), shares.max(axis=1)
 
     def save():
         path = prediction_file(output, cell)
@@ -412,6 +405,17 @@ def save_predictions(output, model, state: TrainState, splits: Splits, cell: Cel
         )
 
     parallel.on_main(save)
+
+
+def probabilities(model: models.Classifier, variables: Any, images: Any) -> np.ndarray:
+    """Returns the share that a network gives to each class, float32 [N, K], on the host."""
+
+    def predict(variables, images):
+        return jax.nn.softmax(jnp.asarray(model.apply(variables, to_float(images))))
+
+    mesh = parallel.data_mesh()
+    predict_all = loops.map_batches(predict, mesh=mesh)
+    return parallel.to_host(predict_all(variables, parallel.replicate(images, mesh)))
 
 
 def prediction_file(output: run.Run, cell: Cell) -> Path:

@@ -26,6 +26,7 @@ PAPER_DEFENSES = {
     "none": "none", "hint": "HINT", "atda": "ATDA", "friends": "FRIENDS", "epic": "EPIC",
 }  # fmt: skip
 LABELS = {
+    "clean": "none, no poisons",
     **PAPER_DEFENSES,
     "recommended": "recommended",
     "trusted_added": "trusted set added",

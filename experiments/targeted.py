@@ -73,6 +73,9 @@ class Config(study.Common):
     """Targets, each with a class it is to be taken for, poisons, and victims of its own."""
     num_poisons: int = 490
     """Poisons for each target, of that class."""
+    intended: Literal["random", "runner_up"] = "random"
+    """The class that a target is to be taken for: any other, or the one that a network trained on
+    clean data finds likeliest after the true one."""
     surrogates: int = 1
     """Networks that the attacker trains on clean data. MetaPoison trains its own besides."""
     gm: Matching = Matching()
@@ -108,17 +111,18 @@ def experiment(config: Config) -> None:
     names = ("none", *(name for name in config.defenses if name != "none"))
     asked = []
     with run.Meter(len(names) * config.num_targets * config.recipe.epochs) as meter:
+        asked += unpoisoned(config, output, meter, model, splits)
         for name in names:
             # One defence for all its victims, so that what it compiles serves them all.
             defense = study.DEFENSES[name](config, model, splits)
             for target in range(config.num_targets):
-                done = len(asked) * config.recipe.epochs
+                done = (len(asked) - config.num_targets) * config.recipe.epochs
                 row = cell(config, output, meter, done, model, splits, name, target, defense)
                 asked.append(row)
             if name == "none":
                 run.say("\n" + gate(asked) + "\n")
     # Those of earlier runs in this folder, too.
-    rows = sorted(output.rows(), key=lambda row: (row["defense"] != "none", row["cell"]))
+    rows = sorted(output.rows(), key=place)
     most = 255 * attack_of(config).epsilon
     result = {
         "kind": "targeted",
@@ -164,6 +168,11 @@ def draw_targets(config: Config, splits: Splits, rows: list[dict[str, Any]]) -> 
     run.say(f"picture: {path}")
 
 
+def place(row: dict[str, Any]) -> tuple[bool, bool, str]:
+    """Returns what rows are sorted by: those without poisons first, then without a defence."""
+    return row["defense"] != "clean", row["defense"] != "none", row["cell"]
+
+
 def gate(rows: list[dict[str, Any]]) -> str:
     """Returns what undefended victims say of the attack's strength."""
     undefended = [row for row in rows if row["defense"] == "none" and "error" not in row]
@@ -171,10 +180,49 @@ def gate(rows: list[dict[str, Any]]) -> str:
         return "No undefended victim was trained: the attack's strength is unknown."
     hits = sum(row["success"] for row in undefended)
     verdict = "strong enough" if hits >= GATE * len(undefended) else "weak: it tests no defence"
+    chance = tables.success([row for row in rows if row["defense"] == "clean"])
     return (
         f"Strength: of undefended victims from new weights, {tables.success(undefended)} take the "
-        f"target for the intended class: {verdict}."
+        f"target for the intended class: {verdict}. Without poisons, a network from new weights "
+        f"does so for {chance}."
     )
+
+
+def unpoisoned(config, output, meter, model, splits) -> list[dict[str, Any]]:
+    """Returns what a network from new weights, trained on clean data, sees in the targets."""
+    labels = [f"{config.attack}-target{number:03d}-clean" for number in range(config.num_targets)]
+    rows = [output.finished(label) for label in labels]
+    if None in rows:
+        networks = [
+            surrogate(config, output, meter, 0, model, splits, number)
+            for number in (0, config.surrogates)  # the first draws; the attacker has no such last
+        ]
+        trials = draw(config, splits, networks[0])
+        shares = study.probabilities(model, networks[1].variables, splits.test.images)
+        accuracy = np.mean(shares.argmax(axis=1) == splits.test.labels)
+        for number, label in enumerate(labels):
+            ids = int(trials.target_ids[number])
+            seen, base = shares[ids], int(trials.base_labels[number])
+            rows[number] = {
+                "cell": label, "attack": config.attack, "defense": "clean", "seed": config.seed,
+                "target": number, **judged(seen, int(splits.test.labels[ids]), base, ids),
+                "test_accuracy": float(accuracy), "num_train": len(splits.train.labels),
+            }  # fmt: skip
+            output.finish(label, rows[number])
+    return rows
+
+
+def judged(shares: np.ndarray, label: int, base_label: int, target_id: int) -> dict[str, Any]:
+    """Returns what a network that gives a target these `shares`, [K], makes of it."""
+    return {
+        "success": bool(shares.argmax() == base_label),
+        "prediction": int(shares.argmax()),
+        "confidence": float(shares.max()),
+        "intended_confidence": float(shares[base_label]),
+        "target_label": label,
+        "base_label": base_label,
+        "target_id": target_id,
+    }
 
 
 def cell(config, output, meter, done, model, splits, name, target, defense) -> dict[str, Any]:
@@ -217,18 +265,12 @@ def victim(
         config.key(VICTIM), model, config.recipe, [poisoned], splits.test,
         defense=defense, report=report,
     )  # fmt: skip
-    assert poisoned.target is not None
-    first, last = poisoned.config["objective"]
+    target = poisoned.target
+    assert target is not None
     return {
-        "success": bool(outcome.success[0]),
-        "prediction": int(outcome.prediction[0]),
-        "confidence": float(outcome.probabilities[0].max()),
-        "intended_confidence": float(outcome.probabilities[0, poisoned.target.base_label]),
+        **judged(outcome.probabilities[0], target.label, target.base_label, target.target_id),
         "test_accuracy": float(outcome.accuracy[0]),
-        "target_label": poisoned.target.label,
-        "base_label": poisoned.target.base_label,
-        "target_id": poisoned.target.target_id,
-        "objective": [first, last],
+        "objective": list(poisoned.config["objective"]),
         "num_train": len(poisoned.labels),
         "seconds": time.perf_counter() - started,
     }
@@ -306,15 +348,17 @@ def draw(config: Config, splits: Splits, known: Victim) -> Trials:
 
     The first so many of them are the same, however many are drawn.
     """
-    predict = training.evaluator(known.model, mesh=parallel.data_mesh())
-    right = parallel.to_host(predict(known.variables, splits.test.images)) == splits.test.labels
+    true = splits.test.labels
+    shares = study.probabilities(known.model, known.variables, splits.test.images)
+    others = np.where(np.arange(shares.shape[1]) == true[:, None], -1, shares)
     return attacks.draw_trials(
         config.key(CHOICE),
         splits.train,
         splits.test,
         num_trials=config.num_targets,
         num_poisons=config.num_poisons,
-        target_ids=np.flatnonzero(right),
+        base_class=others.argmax(axis=1) if config.intended == "runner_up" else None,
+        target_ids=np.flatnonzero(shares.argmax(axis=1) == true),
     )
 
 
@@ -372,14 +416,17 @@ MP_PAPER = dataclasses.replace(
     mp=MetaPoisonConfig(colour=0.04),
 )
 # Images, network and defences of the other grid; five times the share of poisons, half a class.
-SHARED = ("data", "width", "blocks", "recipe", "hint", "friends", "epic", "checkpoint_every")
+SHARED = ("data", "width", "blocks", "hint", "friends", "epic", "checkpoint_every")
 GM_LAPTOP = dataclasses.replace(
     GM_PAPER,
     **{name: getattr(untargeted.CIFAR10_LAPTOP, name) for name in SHARED},
     run_dir=Path("runs/targeted-gm-laptop"),
+    train_examples=1_250,
+    recipe=dataclasses.replace(untargeted.CIFAR10_LAPTOP.recipe, batch_size=64),
     fat=FatConfig(epsilon=0.062, num_steps=4, tau_epochs=(11, 20)),
-    num_poisons=125,
-    gm=Matching(restarts=2),
+    num_poisons=62,
+    intended="runner_up",
+    gm=Matching(num_steps=100, restarts=1),
 )
 MP_LAPTOP = dataclasses.replace(
     GM_LAPTOP,

@@ -1,16 +1,21 @@
 """The targeted experiment as a user runs it: a program, run again, with what is missing."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from jaxpoison import attacks
+from jaxpoison import attacks, models
 from jaxpoison.data import load_embedded
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import targeted
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -44,13 +49,18 @@ def test_a_run_prints_strength_first_and_leaves_table_and_archives(first):
     assert done.returncode == 0, done.stderr
     strength = done.stdout.index("Strength: of undefended victims")
     assert done.stdout.index("target001-none") < strength < done.stdout.index("target000-hint")
+    assert "Without poisons, a network from new weights" in done.stdout
+    assert "| GM | none, no poisons |" in done.stdout
     assert "| GM | HINT |" in done.stdout
     assert (run_dir / "predictions.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((run_dir / "result.json").read_text())
     assert result["kind"] == "targeted"
     assert [(row["target"], row["defense"]) for row in result["rows"]] == [
-        (0, "none"), (1, "none"), (0, "hint"), (1, "hint"),
+        (0, "clean"), (1, "clean"), (0, "none"), (1, "none"), (0, "hint"), (1, "hint"),
     ]  # fmt: skip
+    for without, undefended in zip(result["rows"][:2], result["rows"][2:4], strict=True):
+        for name in ("target_id", "target_label", "base_label"):
+            assert without[name] == undefended[name]
     train = load_embedded("cifar10", seed=0).train.images[:192]
     for row in result["rows"]:
         assert row["success"] == (row["prediction"] == row["base_label"])
@@ -75,6 +85,18 @@ def test_running_again_does_only_what_is_missing(first):
     assert set(trained) == {"gm-target000-random_noise"}
     assert "crafting" not in again.stdout
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_intended_class_may_be_the_likeliest_other_one():
+    splits = load_embedded("cifar10", seed=0)
+    model = models.resnet18(width=2, blocks=(1,))
+    known = attacks.Victim(model, model.init(jax.random.key(0), splits.test.images[:1] / 255.0))
+    config = dataclasses.replace(targeted.QUICK, num_targets=5, intended="runner_up")
+    trials = targeted.draw(config, splits, known)
+    logits = np.asarray(model.apply(known.variables, trials.targets[:, 0] / np.float32(255)))
+    ranking = np.argsort(-logits, axis=1)
+    np.testing.assert_array_equal(ranking[:, 0], trials.target_labels)
+    np.testing.assert_array_equal(ranking[:, 1], trials.base_labels)
 
 
 def test_metapoison_runs(tmp_path):

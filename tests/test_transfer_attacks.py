@@ -102,6 +102,17 @@ def test_trials_of_a_pair_of_classes_and_of_chosen_targets():
     assert set(trials.target_ids) <= {1, 5, 9, 13, 17}
 
 
+def test_each_candidate_may_have_a_class_of_its_own_to_be_taken_for():
+    wanted = (TEST.labels + 1) % 4
+    wanted[::2] = TEST.labels[::2]  # its own class: these cannot be targets
+    trials = draw(10, 5, base_class=wanted)
+    assert np.all(trials.target_ids % 2 == 1)
+    np.testing.assert_array_equal(trials.base_labels, wanted[trials.target_ids])
+    np.testing.assert_array_equal(
+        TRAIN.labels[trials.rows], trials.base_labels[:, None] * np.ones(5)
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -111,6 +122,8 @@ def test_trials_of_a_pair_of_classes_and_of_chosen_targets():
         ({"base_class": 3, "num_poisons": 21}, "class 3 has the 21 examples"),
         ({"base_class": 7}, "class 7 has the"),
         ({"base_class": 1, "target_class": 1}, "must differ"),
+        ({"base_class": np.zeros(3, int)}, "one for each of the 40 candidates"),
+        ({"base_class": 0.5}, "must be a class"),
         ({"num_trials": 41}, "only 40 candidates"),
         ({"target_class": 2, "num_trials": 11}, "only 10 candidates"),
         ({"target_ids": [40]}, "indices in 0..39"),

@@ -95,7 +95,7 @@ def draw_trials(
     *,
     num_trials: int,
     num_poisons: int,
-    base_class: int | None = None,
+    base_class: int | np.ndarray | None = None,
     target_class: int | None = None,
     target_ids: Sequence[int] | np.ndarray | None = None,
 ) -> Trials:
@@ -110,8 +110,9 @@ def draw_trials(
       candidates: images that targets are drawn from, usually the test set.
       num_trials: T, at least one.
       num_poisons: P, poisons of a trial; the share p of a base class of n is P / n.
-      base_class: the class that all targets are to be taken for; by default one of the classes of
-        `train`, other than the target's and with P examples, at random for each trial.
+      base_class: the class that all targets are to be taken for, or int [len(candidates)], one for
+        each candidate; by default one of the classes of `train`, other than the target's and with P
+        examples, at random for each trial.
       target_class: true class of all targets; by default any but `base_class`.
       target_ids: indices into `candidates` that may be targets, e.g. those that the victim gets
         right before the attack; by default all.
@@ -123,9 +124,10 @@ def draw_trials(
     check(candidates, name="candidates")
     _check_positive("num_trials", num_trials)
     _check_positive("num_poisons", num_poisons)
-    if base_class is not None and base_class == target_class:
+    if isinstance(base_class, int) and base_class == target_class:
         raise ValueError(f"base_class and target_class are both {base_class}: they must differ")
     labels, true = np.asarray(train.labels), np.asarray(candidates.labels)
+    wanted = None if base_class is None else _for_each(base_class, len(true))
     pool = np.arange(len(true)) if target_ids is None else np.unique(np.asarray(target_ids))
     if len(pool) and not (
         np.issubdtype(pool.dtype, np.integer) and 0 <= pool[0] <= pool[-1] < len(true)
@@ -133,8 +135,8 @@ def draw_trials(
         raise ValueError(f"target_ids must be indices in 0..{len(true) - 1}")
     if target_class is not None:
         pool = pool[true[pool] == target_class]
-    if base_class is not None:
-        pool = pool[true[pool] != base_class]
+    if wanted is not None:
+        pool = pool[true[pool] != wanted[pool]]
     if len(pool) < num_trials:
         raise ValueError(
             f"only {len(pool)} candidates may be targets, fewer than the {num_trials} trials: "
@@ -142,17 +144,16 @@ def draw_trials(
         )
     classes, counts = np.unique(labels, return_counts=True)
     bases = classes[counts >= num_poisons]
-    bases = bases if base_class is None else bases[bases == base_class]
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     ids = rng.permutation(pool)[:num_trials]
     base_labels, rows = [], []
-    for target_label in true[ids]:
-        allowed = bases[bases != target_label]
+    for target in ids:
+        allowed = bases[bases != true[target] if wanted is None else bases == wanted[target]]
         if not len(allowed):
             raise ValueError(
-                f"{'no class' if base_class is None else f'class {base_class}'} has the "
+                f"{'no class' if wanted is None else f'class {wanted[target]}'} has the "
                 f"{num_poisons} examples that shall become poisons (targets of class "
-                f"{target_label}); ask for fewer poisons"
+                f"{true[target]}); ask for fewer poisons"
             )
         base_labels.append(rng.choice(allowed))
         rows.append(rng.permutation(np.flatnonzero(labels == base_labels[-1]))[:num_poisons])
@@ -163,6 +164,17 @@ def draw_trials(
         base_labels=np.array(base_labels, np.int32),
         rows=np.sort(np.array(rows, np.int32), axis=1),
     )
+
+
+def _for_each(base_class: int | np.ndarray, number: int) -> np.ndarray:
+    """Returns the class that each candidate is to be taken for, int [number]."""
+    classes = np.asarray(base_class)
+    if not np.issubdtype(classes.dtype, np.integer) or classes.shape not in ((), (number,)):
+        raise ValueError(
+            f"base_class must be a class, or one for each of the {number} candidates; got "
+            f"{classes.dtype} {list(classes.shape)}"
+        )
+    return np.broadcast_to(classes, number)
 
 
 def poison(
