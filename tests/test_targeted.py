@@ -72,7 +72,7 @@ def test_a_run_prints_strength_first_and_leaves_table_and_archives(first):
         )
         assert one.images.dtype == np.uint8
         assert one.is_poisoned.sum() == 6
-        assert 0 < np.abs(one.images.astype(int) - train).max() <= 16
+        assert 0 < np.abs(one.images.astype(int) - train).max() <= 32
         assert np.all(one.labels[one.is_poisoned] == row["base_label"])
 
 
