@@ -17,12 +17,12 @@ defences. Work there, in passes forward and backward of one image, of which an i
 
   a victim, 26 epochs of 1,250 images                                              32,500
   GM, a target: 150 steps x 62 poisons x 2.5                                       23,000
-  MP, a target: 25 steps x 8 surrogates x 4 batches of 125 images x 7             700,000
-  MP, once: (84 + 25 x 8) epochs of 1,250 images                                  355,000
+  MP, a target: 25 steps x 4 surrogates x 2 batches of 125 images x 7             175,000
+  MP, once: (36 + 25 x 4) epochs of 1,250 images                                  170,000
   HINT, EPIC, FRIENDS and ATDA, a victim: 1.1, 1.3, 2.2 and up to 5 times a victim's
 
 so 20 targets of GM take 6 minutes, and their 20 victims 8 minutes without a defence, 9 with HINT,
-11 with EPIC, 18 with FRIENDS and 42 with ATDA; four targets of MP 40 minutes. Victims are trained
+11 with EPIC, 18 with FRIENDS and 42 with ATDA; four targets of MP 11 minutes. Victims are trained
 one after another: under `vmap` each would have filters of its own, for which XLA's CPU backend has
 no fast convolution.
 """
@@ -438,7 +438,7 @@ MP_LAPTOP = dataclasses.replace(
     recipe=dataclasses.replace(GM_LAPTOP.recipe, max_shift=0.0, flip=False),
     epsilon=16 / 255,
     num_targets=4,
-    mp=MetaPoisonConfig(num_steps=25, surrogates=8, poisons_per_batch=18),
+    mp=MetaPoisonConfig(num_steps=25, surrogates=4, poisons_per_batch=31),
 )
 # Everything once, in minutes; says nothing about the attack or the defences.
 QUICK = dataclasses.replace(
