@@ -22,9 +22,9 @@ of 2 cores makes about 1,300 a second:
   HINT, EPIC, FRIENDS and ATDA, a victim: 1.1, 1.3, 2.2 and up to 5 times a victim's
 
 so 20 targets of GM take 6 minutes, and their 20 victims 8 minutes without a defence, 9 with HINT,
-11 with EPIC, 18 with FRIENDS and 42 with ATDA; four targets of MP 11 minutes. Victims are trained
-one after another: under `vmap` each would have filters of its own, for which XLA's CPU backend has
-no fast convolution.
+11 with EPIC, 18 with FRIENDS and 42 with ATDA; four targets of MP 11 minutes (what was run of it
+took twice as long). Victims are trained one after another: under `vmap` each would have filters of
+its own, for which XLA's CPU backend has no fast convolution.
 """
 
 import dataclasses
