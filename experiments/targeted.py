@@ -11,8 +11,8 @@ about defences. The same command in the same --run-dir continues: it does what i
 had failed. More --num-targets or other --defenses in that folder add to what is there.
 
 At the scale `laptop` an attacker has twice the paper's budget and means each target for the class
-that comes second: with the paper's budget and a class at random too few targets are taken there to
-compare defences. Its work, in passes forward and backward of one image, of which an idle machine
+that comes second: in short tries with the paper's budget too few targets were taken to compare
+defences. Its work, in passes forward and backward of one image, of which an idle machine
 of 2 cores makes about 1,300 a second:
 
   a victim, 26 epochs of 1,250 images                                              32,500
