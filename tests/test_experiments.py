@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TINY = (
     *("--preset", "quick", "--train-examples", "192", "--recipe.batch-size", "64"),
+    *("--test-examples", "100", "--trusted-examples", "100"),
     *("--recipe.epochs", "4", "--hint.schedule", "1", "2", "--trusted-epochs", "2"),
     *("--attacks", "durp", "pgd", "--checkpoint-every", "1"),
 )

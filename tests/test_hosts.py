@@ -23,6 +23,7 @@ SLURM_PORTS = 65535 - 2**12 + 1  # the first of them
 SECONDS = 300  # a hang fails after so long; on two quiet cores each test takes a tenth of it
 TINY = (
     *("--preset", "quick", "--train-examples", "64", "--recipe.batch-size", "32"),
+    *("--test-examples", "100", "--trusted-examples", "64"),
     *("--recipe.epochs", "4", "--hint.schedule", "1", "--trusted-epochs", "1"),
     *("--attacks", "durp", "pgd", "--defenses", "hint", "--checkpoint-every", "1"),
 )
@@ -268,7 +269,7 @@ def test_an_experiment_of_two_processes_killed_and_continued_gives_the_numbers_o
     for line, want in wanted.items():
         for name in want.keys() - {name for name in want if name.endswith("seconds")}:
             # Sums are taken in another order, and sixteen steps of training carry that on.
-            tolerance = 2e-3 if name.endswith("accuracy") else 1e-3 * abs(want[name])
+            tolerance = 0.02 if name.endswith("accuracy") else 1e-3 * abs(want[name])
             if name != "residual":
                 assert got[line][name] == pytest.approx(want[name], abs=tolerance), (line, name)
     update = got["seed0-p1-hint", 1]
