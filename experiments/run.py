@@ -9,13 +9,16 @@ compiled/       JAX's compilation cache, unless yours is set: cells differ in li
 result.json     everything that a table needs, with versions, device and commit
 """
 
+import dataclasses
 import json
 import os
 import platform
 import subprocess
+import traceback
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 from rich.console import Console
@@ -158,6 +161,35 @@ class Meter:
         self._bar.update(self._task, description=text, completed=completed)
         if not self.console.is_terminal:
             say(text)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Work:
+    """A run at work: what all of its parts need, and how much of it is done."""
+
+    config: Any
+    output: Run
+    meter: Meter
+    done: int = 0
+
+    def tell(self, text: str, *, finished: int = 0, ahead: int = 0) -> None:
+        """Says what was just done: `finished` more, or `ahead` of a part that goes on."""
+        self.done += finished
+        self.meter.show(text, self.done + ahead)
+
+
+def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns the row of results that `make` returns, or one with the `error` that it raised."""
+    try:
+        return make()
+    except Exception as error:  # of whatever kind: the cells after it are none the worse
+        say(traceback.format_exc())
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def succeeded(row: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
+    """Returns whether a cell has a row of results, and one that tells of no error."""
+    return row is not None and "error" not in row
 
 
 def say(text: str) -> None:

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import shutil
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -185,6 +184,14 @@ DEFENSES: dict[str, Callable[[Common, models.Classifier, Splits], Defense]] = {
 use the trusted part, and how many others there are."""
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Work(run.Work):
+    """A run at work, of which epochs are done, with the network that its cells train."""
+
+    config: Config
+    model: models.Classifier
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One model to train: one row of the table, for one seed."""
@@ -264,36 +271,25 @@ def study(config: Config) -> None:
     budgets = {cell: epochs_of(config, cell) for cell in cells}
     source = load(config, config.seeds[0]).source
     with run.Meter(sum(budgets.values())) as meter:
-        done = 0
+        work = Work(config=config, output=output, meter=meter, model=model)
         for cell in cells:
-            splits = load(config, cell.seed)
-            row = output.finished(cell.name)
-            if row is None or "error" in row:
-                row = attempt(config, output, meter, done, model, splits, cell)
-                output.finish(cell.name, row)
-                if cell != Cell(cell.seed, 0.0, "none") and "error" not in row:
+            if not run.succeeded(output.finished(cell.name)):
+                row = run.attempt(functools.partial(train_cell, work, cell))
+                output.finish(cell.name, dataclasses.asdict(cell) | row)
+                if cell != Cell(cell.seed, 0.0, "none") and run.succeeded(row):
                     # FRIENDS keeps 600 MB for CIFAR-10; of the clean network poisons are crafted.
-                    folder = checkpoint_folder(output, cell)
+                    folder = checkpoint_folder(work, cell)
                     parallel.on_main(functools.partial(shutil.rmtree, folder))
-            done += budgets[cell]
+            work.done += budgets[cell]
     rows = sorted(output.rows(), key=tables.place)  # those of earlier runs in this folder, too
     attack = f"{' + '.join(config.attacks).upper()} within ±{255 * config.epsilon:.3g}/255"
     text = tables.comparison(rows, config.dataset, config.data, attack, source)
     run.say("\n" + text)
     output.write_result(rows, text, kind="untargeted", source=source, attack=attack)
-    pictures(config, output, rows)
+    pictures(work, rows)
     for path in sorted(config.run_dir.glob("*.png")):
         run.say(f"picture: {path}")
     run.require_no_errors({Cell.of(row).name: row for row in rows if Cell.of(row) in budgets})
-
-
-def attempt(config, output, meter, done, model, splits: Splits, cell: Cell) -> dict[str, Any]:
-    """Returns a cell's row of results, or, if training it failed, a row with its `error`."""
-    try:
-        return train_cell(config, output, meter, done, model, splits, cell)
-    except Exception as error:  # of whatever kind: the cells after it are none the worse
-        run.say(traceback.format_exc())
-        return {**dataclasses.asdict(cell), "error": f"{type(error).__name__}: {error}"}
 
 
 def cells_of(config: Config, seed: int) -> list[Cell]:
@@ -312,14 +308,15 @@ def epochs_of(config: Config, cell: Cell) -> int:
     return config.trusted_epochs if cell.defense == "trusted" else config.recipe.epochs
 
 
-def train_cell(config, output, meter, done, model, splits: Splits, cell: Cell) -> dict[str, Any]:
-    """Trains one model and returns its row of results."""
-    recipe, train, is_poisoned = config.recipe, splits.train, np.zeros(len(splits.train.labels))
+def train_cell(work: Work, cell: Cell) -> dict[str, Any]:
+    """Trains one model and returns what became of it."""
+    recipe, splits = work.config.recipe, load(work.config, cell.seed)
+    train, is_poisoned = splits.train, np.zeros(len(splits.train.labels))
     if cell.defense == "trusted":
         train = splits.validation
-        recipe = trusted_recipe(config, len(train.labels))
+        recipe = trusted_recipe(work.config, len(train.labels))
     elif cell.poison_ratio > 0:
-        poisoned = poisons(config, output, meter, done, model, splits, cell)
+        poisoned = poisons(work, cell)
         train, is_poisoned = poisoned.dataset, poisoned.is_poisoned
 
     def report(epoch, metrics):
@@ -329,22 +326,21 @@ def train_cell(config, output, meter, done, model, splits: Splits, cell: Cell) -
             if is_poisoned.any():
                 hits = np.sum(is_poisoned.astype(bool) & chosen)
                 metrics["poison_recall"] = float(hits / is_poisoned.sum())
-        output.log(cell.name, epoch, metrics)
-        meter.show(
+        work.output.log(cell.name, epoch, metrics)
+        work.tell(
             f"{cell.name}: epoch {epoch + 1}/{recipe.epochs}, loss {metrics['loss']:.3f}, "
             f"test accuracy {100 * metrics['test_accuracy']:.1f}%",
-            done + epoch + 1,
+            ahead=epoch + 1,
         )
 
-    state = fit(config, output, model, splits, cell, recipe, train, report)
-    save_predictions(output, model, state, splits, cell)
+    state = fit(work, cell, train, recipe, report)
+    save_predictions(work, cell, state)
     if cell.defense == "hint" and cell.poison_ratio > 0:
-        path = output.folder / NOISE_PICTURE
+        path = work.output.folder / NOISE_PICTURE
         if not parallel.on_main(path.exists):
-            draw_noise(config, output, model, cell, path)
-    history = output.metrics(cell.name)
+            draw_noise(work, cell, path)
+    history = work.output.metrics(cell.name)
     return {
-        **dataclasses.asdict(cell),
         "test_accuracy": history[-1]["test_accuracy"],
         "best_test_accuracy": max(line["test_accuracy"] for line in history),
         "train_seconds": sum(line["seconds"] for line in history),
@@ -354,17 +350,18 @@ def train_cell(config, output, meter, done, model, splits: Splits, cell: Cell) -
     }
 
 
-def fit(config, output, model, splits, cell, recipe, train, report=None) -> TrainState:
+def fit(work: Work, cell: Cell, train: Dataset, recipe: Recipe, report=None) -> TrainState:
     """Trains one cell, or continues it, or just restores it where it has finished."""
-    checkpoints = checkpoints_of(config, output, cell)
+    splits = load(work.config, cell.seed)
+    checkpoints = checkpoints_of(work, cell)
     try:
         return training.fit(
-            model,
+            work.model,
             recipe,
             train,
             key=cell.key,
             test=splits.test,
-            defense=defense_of(config, model, splits, cell),
+            defense=defense_of(work.config, work.model, splits, cell),
             checkpoints=checkpoints,
             report=report,
         )
@@ -372,18 +369,18 @@ def fit(config, output, model, splits, cell, recipe, train, report=None) -> Trai
         checkpoints.close()
 
 
-def checkpoints_of(config: Config, output: run.Run, cell: Cell) -> Checkpoints:
+def checkpoints_of(work: Work, cell: Cell) -> Checkpoints:
     """Returns the checkpoints of a cell."""
     return Checkpoints(
-        checkpoint_folder(output, cell),
-        every=config.checkpoint_every,
-        identity=f"{cell} {output.config}",
+        checkpoint_folder(work, cell),
+        every=work.config.checkpoint_every,
+        identity=f"{cell} {work.output.config}",
     )
 
 
-def checkpoint_folder(output: run.Run, cell: Cell) -> Path:
+def checkpoint_folder(work: Work, cell: Cell) -> Path:
     """Returns where the checkpoints of a cell are."""
-    return output.folder / "checkpoints" / cell.name
+    return work.output.folder / "checkpoints" / cell.name
 
 
 def defense_of(config: Config, model: models.Classifier, splits: Splits, cell: Cell) -> Defense:
@@ -392,13 +389,14 @@ def defense_of(config: Config, model: models.Classifier, splits: Splits, cell: C
     return DEFENSES[name](config, model, splits)
 
 
-def save_predictions(output, model, state: TrainState, splits: Splits, cell: Cell) -> None:
+def save_predictions(work: Work, cell: Cell, state: TrainState) -> None:
     """Saves what a trained network says of the test images, and how sure it is."""
-    shares = probabilities(model, state.variables, splits.test.images)
+    images = load(work.config, cell.seed).test.images
+    shares = probabilities(work.model, state.variables, images)
     labels, confidences = shares.argmax(axis=1), shares.max(axis=1)
 
     def save():
-        path = prediction_file(output, cell)
+        path = prediction_file(work, cell)
         path.parent.mkdir(exist_ok=True)
         np.savez_compressed(
             path, labels=labels.astype(np.uint8), confidences=confidences.astype(np.float16)
@@ -418,43 +416,43 @@ def probabilities(model: models.Classifier, variables: Any, images: Any) -> np.n
     return parallel.to_host(predict_all(variables, parallel.replicate(images, mesh)))
 
 
-def prediction_file(output: run.Run, cell: Cell) -> Path:
+def prediction_file(work: Work, cell: Cell) -> Path:
     """Returns where the predictions of a cell are."""
-    return output.folder / "predictions" / f"{cell.name}.npz"
+    return work.output.folder / "predictions" / f"{cell.name}.npz"
 
 
-def pictures(config: Config, output: run.Run, rows: list[dict[str, Any]]) -> None:
+def pictures(work: Work, rows: list[dict[str, Any]]) -> None:
     """Draws accuracy over p, and predictions at the largest p (Figure 2)."""
-    rows = [row for row in tables.trained(rows) if row["defense"] in config.defenses]
+    rows = [row for row in tables.trained(rows) if row["defense"] in work.config.defenses]
     cells = [Cell.of(row) for row in rows]
     worst = max((cell.poison_ratio for cell in cells), default=0.0)
     if worst > 0:
         shown = [cell for cell in cells if cell.poison_ratio == worst]
         shown = [cell for cell in shown if cell.seed == shown[0].seed]
-        draw_predictions(config, output, shown)
+        draw_predictions(work, shown)
     if len({cell.poison_ratio for cell in cells}) > 2:
-        curves = tables.curves(rows, config.dataset)
-        path = output.folder / "accuracy.png"
+        curves = tables.curves(rows, work.config.dataset)
+        path = work.output.folder / "accuracy.png"
         parallel.on_main(lambda: figures.accuracy(path, curves))
 
 
-def draw_predictions(config: Config, output: run.Run, cells: list[Cell]) -> None:
+def draw_predictions(work: Work, cells: list[Cell]) -> None:
     """Draws test images with what each defence's network sees, as the paper's Figure 2 does.
 
     One image of each of five classes, the first that the first cell's network gets wrong.
     """
-    splits = load(config, cells[0].seed)
+    splits = load(work.config, cells[0].seed)
 
     def write():
         seen = {}
         for cell in cells:
-            with np.load(prediction_file(output, cell)) as archive:
+            with np.load(prediction_file(work, cell)) as archive:
                 seen[tables.label(cell.defense)] = archive["labels"], archive["confidences"]
         wrong = np.flatnonzero(next(iter(seen.values()))[0] != splits.test.labels)
         _, first = np.unique(splits.test.labels[wrong], return_index=True)
         shown = wrong[np.sort(first)[:5]]
         figures.predictions(
-            output.folder / "predictions.png",
+            work.output.folder / "predictions.png",
             Dataset(*(field[shown] for field in splits.test)),
             {name: (labels[shown], sure[shown]) for name, (labels, sure) in seen.items()},
             class_names=splits.class_names,
@@ -464,22 +462,22 @@ def draw_predictions(config: Config, output: run.Run, cells: list[Cell]) -> None
     parallel.on_main(write)
 
 
-def poisons(config, output, meter, done, model, splits, cell) -> attacks.PoisonedDataset:
+def poisons(work: Work, cell: Cell) -> attacks.PoisonedDataset:
     """Returns the poisoned set of a cell, crafted now unless its archive is there."""
-    path = output.folder / "poisons" / f"seed{cell.seed}-p{cell.poison_ratio:g}.npz"
+    path = work.output.folder / "poisons" / f"seed{cell.seed}-p{cell.poison_ratio:g}.npz"
     if not parallel.on_main(path.exists):
-        clean = Cell(cell.seed, 0.0, "none")
-        state = fit(config, output, model, splits, clean, config.recipe, splits.train)
+        config, splits = work.config, load(work.config, cell.seed)
+        state = fit(work, Cell(cell.seed, 0.0, "none"), splits.train, config.recipe)
 
         def progress(name, count, total):
-            meter.show(f"{path.stem}: crafting {name}, {count}/{total} images", done)
+            work.tell(f"{path.stem}: crafting {name}, {count}/{total} images")
 
         poisoned = attacks.mixture(
             jax.random.fold_in(cell.key, 1),
             splits.train,
             cell.poison_ratio,
             [ATTACKS[name](config) for name in config.attacks],
-            attacks.Victim(model, state.variables),
+            attacks.Victim(work.model, state.variables),
             progress=progress,
         )
         more = {"dataset": config.dataset, "source": splits.source, "seed": cell.seed}
@@ -490,19 +488,15 @@ def poisons(config, output, meter, done, model, splits, cell) -> attacks.Poisone
             attacks.save(path, poisoned)
 
         parallel.on_main(save)
-    return parallel.on_all(lambda: attacks.load(path, num_classes=model.num_classes))
+    return parallel.on_all(lambda: attacks.load(path, num_classes=work.model.num_classes))
 
 
-def draw_noise(
-    config: Config, output: run.Run, model: models.Classifier, cell: Cell, picture: Path
-) -> None:
+def draw_noise(work: Work, cell: Cell, picture: Path) -> None:
     """Draws examples that HINT changed, in the manner of the paper's Figure 1."""
-    splits = load(config, cell.seed)
-    path = output.folder / "poisons" / f"seed{cell.seed}-p{cell.poison_ratio:g}.npz"
-    train = parallel.on_all(lambda: attacks.load(path)).dataset
-    defense = defense_of(config, model, splits, cell)
-    state = fit(config, output, model, splits, cell, config.recipe, train)
-    checkpoints = checkpoints_of(config, output, cell)
+    splits, train = load(work.config, cell.seed), poisons(work, cell).dataset
+    defense = defense_of(work.config, work.model, splits, cell)
+    state = fit(work, cell, train, work.config.recipe)
+    checkpoints = checkpoints_of(work, cell)
     like = (state, defense.init(jax.random.key(0), parallel.replicate(train, parallel.data_mesh())))
     _, (state, (_, chosen, noise)) = checkpoints.restore(like)
     checkpoints.close()
@@ -511,7 +505,7 @@ def draw_noise(
     received = Dataset(np.asarray(to_float(train.images[rows])), train.labels[rows])
     added = np.asarray(noise[strongest])
     perturbed = np.clip(received.images + added, 0, 1)
-    predict = training.evaluator(model, mesh=parallel.data_mesh())
+    predict = training.evaluator(work.model, mesh=parallel.data_mesh())
     before, after = (
         parallel.to_host(predict(state.variables, images))
         for images in (received.images, perturbed)
@@ -524,7 +518,7 @@ def draw_noise(
             perturbed,
             seen=(before, after),
             class_names=splits.class_names,
-            beta=config.hint.beta,
+            beta=work.config.hint.beta,
         )
     )
 

@@ -90,7 +90,7 @@ def load(name: str, seed: int) -> Sets:
         for first, last in zip(ends, (*ends[1:], None), strict=True)
     ]
     scaler = StandardScaler().fit(x[parts[0]])
-    x = scaler.transform(x).astype(np.float32)
+    x = np.asarray(scaler.transform(x), np.float32)
     return Sets(*((x[rows], y[rows]) for rows in parts))
 
 
@@ -232,7 +232,7 @@ def compare(name: str, num_trials: int, shares: tuple[float, ...], seed: int) ->
     variables = jax.jit(pretrain, static_argnums=1)(key, model, *map(jnp.asarray, sets.pretraining))
 
     def features(x):
-        return model.apply(variables, x, method="features")
+        return jnp.asarray(model.apply(variables, x, method="features"))
 
     @jax.jit
     def answers(x, keep):

@@ -31,7 +31,6 @@ import dataclasses
 import functools
 import hashlib
 import time
-import traceback
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +45,7 @@ import untargeted
 from jaxpoison import attacks, models, parallel, training
 from jaxpoison.attacks import MetaPoisonConfig, PoisonedDataset, TargetedAttack, Trials, Victim
 from jaxpoison.data import Dataset, Splits
-from jaxpoison.defenses import EpicConfig, FatConfig, FriendsConfig, HintConfig
+from jaxpoison.defenses import Defense, EpicConfig, FatConfig, FriendsConfig, HintConfig
 from jaxpoison.training import CIFAR10, Checkpoints
 
 GATE = 0.5  # the least rate of success without a defence for which defences are worth comparing
@@ -93,6 +92,15 @@ class Config(study.Common):
         return jax.random.fold_in(jax.random.key(self.seed), use)
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Work(run.Work):
+    """A run at work, of which epochs are done, with the network that victims train and the data."""
+
+    config: Config
+    model: models.Classifier
+    splits: Splits
+
+
 SURROGATE, CHOICE, CRAFT, VICTIM = range(4)
 SELECTION = ("defenses", "num_targets")  # other ones may continue a run: they only choose cells
 
@@ -110,16 +118,15 @@ def experiment(config: Config) -> None:
     splits = study.load(config, config.seed)
     check(config, model, splits)
     names = ("none", *(name for name in config.defenses if name != "none"))
-    asked = []
     with run.Meter(len(names) * config.num_targets * config.recipe.epochs) as meter:
-        asked += unpoisoned(config, output, meter, model, splits)
+        work = Work(config=config, output=output, meter=meter, model=model, splits=splits)
+        asked = unpoisoned(work)
         for name in names:
             # One defence for all its victims, so that what it compiles serves them all.
             defense = study.DEFENSES[name](config, model, splits)
             for target in range(config.num_targets):
-                done = (len(asked) - config.num_targets) * config.recipe.epochs
-                row = cell(config, output, meter, done, model, splits, name, target, defense)
-                asked.append(row)
+                asked.append(cell(work, name, target, defense))
+                work.done += config.recipe.epochs
             if name == "none":
                 run.say("\n" + gate(asked) + "\n")
     # Those of earlier runs in this folder, too.
@@ -135,20 +142,20 @@ def experiment(config: Config) -> None:
     table = f"{gate(rows)}\n\n{tables.table_III(written).markdown()}"
     run.say(table)
     output.write_result(rows, table, **result)
-    parallel.on_main(lambda: draw_targets(config, splits, rows))
+    parallel.on_main(lambda: draw_targets(work, rows))
     run.require_no_errors({row["cell"]: row for row in asked})
 
 
-def draw_targets(config: Config, splits: Splits, rows: list[dict[str, Any]]) -> None:
+def draw_targets(work: Work, rows: list[dict[str, Any]]) -> None:
     """Draws up to five targets and what all victims see in them, as the paper's Figure 3 does."""
-    rows = [row for row in rows if "error" not in row]
+    rows = [row for row in rows if run.succeeded(row)]
     defenses = list(dict.fromkeys(row["defense"] for row in rows))
     judged = {name: {r["target"]: r for r in rows if r["defense"] == name} for name in defenses}
     shown = sorted(set.intersection(*map(set, judged.values())))[:5] if judged else []
     if not shown:
         return
     of_first = [judged[defenses[0]][target] for target in shown]
-    images = splits.test.images[[row["target_id"] for row in of_first]]
+    images = work.splits.test.images[[row["target_id"] for row in of_first]]
 
     def told(name, what):
         return np.array([judged[name][target][what] for target in shown])
@@ -157,12 +164,12 @@ def draw_targets(config: Config, splits: Splits, rows: list[dict[str, Any]]) -> 
         tables.label(name): (told(name, "prediction"), told(name, "confidence"))
         for name in defenses
     }
-    path = config.run_dir / "predictions.png"
+    path = work.output.folder / "predictions.png"
     figures.predictions(
         path,
         Dataset(images, np.array([row["target_label"] for row in of_first])),
         seen,
-        class_names=splits.class_names,
+        class_names=work.splits.class_names,
         title="Targets, and what victims see; red: what the attack wanted",
         intended=np.array([row["base_label"] for row in of_first]),
     )
@@ -176,7 +183,7 @@ def place(row: dict[str, Any]) -> tuple[bool, bool, str]:
 
 def gate(rows: list[dict[str, Any]]) -> str:
     """Returns what undefended victims say of the attack's strength."""
-    undefended = [row for row in rows if row["defense"] == "none" and "error" not in row]
+    undefended = [row for row in rows if row["defense"] == "none" and run.succeeded(row)]
     if not undefended:
         return "No undefended victim was trained: the attack's strength is unknown."
     hits = sum(row["success"] for row in undefended)
@@ -189,28 +196,41 @@ def gate(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def unpoisoned(config, output, meter, model, splits) -> list[dict[str, Any]]:
-    """Returns what a network from new weights, trained on clean data, sees in the targets."""
-    labels = [f"{config.attack}-target{number:03d}-clean" for number in range(config.num_targets)]
-    rows = [output.finished(label) for label in labels]
-    if None in rows:
-        networks = [
-            surrogate(config, output, meter, 0, model, splits, number)
-            for number in (0, config.surrogates)  # the first draws; the attacker has no such last
-        ]
-        trials = draw(config, splits, networks[0])
-        shares = study.probabilities(model, networks[1].variables, splits.test.images)
-        accuracy = np.mean(shares.argmax(axis=1) == splits.test.labels)
-        for number, label in enumerate(labels):
-            ids = int(trials.target_ids[number])
-            seen, base = shares[ids], int(trials.base_labels[number])
-            rows[number] = {
-                "cell": label, "attack": config.attack, "defense": "clean", "seed": config.seed,
-                "target": number, **judged(seen, int(splits.test.labels[ids]), base, ids),
-                "test_accuracy": float(accuracy), "num_train": len(splits.train.labels),
-            }  # fmt: skip
-            output.finish(label, rows[number])
+def start(work: Work, name: str, target: int) -> dict[str, Any]:
+    """Returns what a row tells of its cell, whatever becomes of it."""
+    attack = work.config.attack
+    label = f"{attack}-target{target:03d}-{name}"
+    return {
+        "cell": label, "attack": attack, "defense": name, "seed": work.config.seed, "target": target
+    }  # fmt: skip
+
+
+def unpoisoned(work: Work) -> list[dict[str, Any]]:
+    """Returns a row for each target: what a network sees in it that was trained without poisons."""
+    starts = [start(work, "clean", target) for target in range(work.config.num_targets)]
+    recorded = [work.output.finished(row["cell"]) for row in starts]
+    rows = [row for row in recorded if run.succeeded(row)]
+    if len(rows) < len(starts):
+        made = run.attempt(lambda: {"seen": without_poisons(work)})
+        found = made.get("seen", [made] * len(starts))
+        rows = [first | more for first, more in zip(starts, found, strict=True)]
+        for row in rows:
+            work.output.finish(row["cell"], row)
     return rows
+
+
+def without_poisons(work: Work) -> list[dict[str, Any]]:
+    """Trains a network from new weights on clean data and returns what it makes of each target."""
+    numbers = 0, work.config.surrogates  # the first draws the targets; no attacker has the last
+    drawing, judging = (surrogate(work, number) for number in numbers)
+    trials, test = draw(work, drawing), work.splits.test
+    shares = study.probabilities(*judging, test.images)
+    accuracy = float(np.mean(shares.argmax(axis=1) == test.labels))
+    return [
+        judged(shares[target], int(test.labels[target]), int(base_label), int(target))
+        | {"test_accuracy": accuracy, "num_train": len(work.splits.train.labels)}
+        for target, base_label in zip(trials.target_ids, trials.base_labels, strict=True)
+    ]
 
 
 def judged(shares: np.ndarray, label: int, base_label: int, target_id: int) -> dict[str, Any]:
@@ -226,44 +246,32 @@ def judged(shares: np.ndarray, label: int, base_label: int, target_id: int) -> d
     }
 
 
-def cell(config, output, meter, done, model, splits, name, target, defense) -> dict[str, Any]:
+def cell(work: Work, name: str, target: int, defense: Defense) -> dict[str, Any]:
     """Returns the row of one victim: recorded, or trained now, or with the `error` that it had."""
-    label = f"{config.attack}-target{target:03d}-{name}"
-    row = output.finished(label)
-    if row is None or "error" in row:
-        start = {"cell": label, "attack": config.attack, "defense": name, "seed": config.seed}
-        try:
-            poisoned = poisons(config, output, meter, done, model, splits, target)
-            row = start | victim(
-                config, output, meter, done, label, model, splits, poisoned, defense
-            )
-            digest = hashlib.sha256(archive(output, target).read_bytes()).hexdigest()
-            row |= {"archive_sha256": digest, "target": target}
-        except Exception as error:  # of whatever kind: the cells after it are none the worse
-            run.say(traceback.format_exc())
-            row = start | {"error": f"{type(error).__name__}: {error}", "target": target}
-        output.finish(label, row)
+    first = start(work, name, target)
+    row = work.output.finished(first["cell"])
+    if not run.succeeded(row):
+        row = first | run.attempt(lambda: victim(work, first["cell"], target, defense))
+        work.output.finish(first["cell"], row)
     return row
 
 
-def victim(
-    config, output, meter, done, label, model, splits: Splits, poisoned: PoisonedDataset, defense
-) -> dict[str, Any]:
+def victim(work: Work, label: str, target_number: int, defense: Defense) -> dict[str, Any]:
     """Trains a victim from new weights and returns what became of it."""
+    poisoned, epochs = poisons(work, target_number), work.config.recipe.epochs
 
     def report(_, epoch, metrics):
         chosen = metrics.pop("chosen", None)
         if chosen is not None:
             metrics["poison_recall"] = float(np.mean(chosen[poisoned.is_poisoned]))
-        output.log(label, epoch, metrics)
-        meter.show(
-            f"{label}: epoch {epoch + 1}/{config.recipe.epochs}, loss {metrics['loss']:.3f}",
-            done + epoch + 1,
+        work.output.log(label, epoch, metrics)
+        work.tell(
+            f"{label}: epoch {epoch + 1}/{epochs}, loss {metrics['loss']:.3f}", ahead=epoch + 1
         )
 
     started = time.perf_counter()
     outcome = attacks.scratch_outcome(
-        config.key(VICTIM), model, config.recipe, [poisoned], splits.test,
+        work.config.key(VICTIM), work.model, work.config.recipe, [poisoned], work.splits.test,
         defense=defense, report=report,
     )  # fmt: skip
     target = poisoned.target
@@ -274,88 +282,88 @@ def victim(
         "objective": list(poisoned.config["objective"]),
         "num_train": len(poisoned.labels),
         "seconds": time.perf_counter() - started,
+        "archive_sha256": hashlib.sha256(archive(work, target_number).read_bytes()).hexdigest(),
     }
 
 
-def poisons(config, output, meter, done, model, splits: Splits, target: int) -> PoisonedDataset:
+def poisons(work: Work, target: int) -> PoisonedDataset:
     """Returns the poisoned set of a target from its archive, crafted first if that is missing."""
-    path = archive(output, target)
+    config, path = work.config, archive(work, target)
     if not parallel.on_main(path.exists):
-        surrogates = [
-            surrogate(config, output, meter, done, model, splits, number)
-            for number in range(config.surrogates)
-        ]
-        trials = draw(config, splits, surrogates[0])
+        surrogates = [surrogate(work, number) for number in range(config.surrogates)]
+        trials = draw(work, surrogates[0])
         # MetaPoison's own surrogates are trained for all trials at once.
         wanted = [target]
         if config.attack == "mp":
-            wanted = [n for n in range(config.num_targets) if not archive(output, n).exists()]
+            wanted = [n for n in range(config.num_targets) if not archive(work, n).exists()]
 
         def progress(name, count, total):
-            meter.show(f"crafting {name} for {path.stem}, {count}/{total} poisons", done)
+            work.tell(f"crafting {name} for {path.stem}, {count}/{total} poisons")
 
         sets = attacks.poison(
             config.key(CRAFT),
-            splits.train,
+            work.splits.train,
             Trials(*(leaf[np.array(wanted)] for leaf in trials)),
             attack_of(config),
             surrogates,
             progress=progress,
         )
 
+        source = {
+            "dataset": config.dataset, "source": work.splits.source, "seed": config.seed
+        }  # fmt: skip
+
         def save():
             path.parent.mkdir(exist_ok=True)
             for number, one in zip(wanted, sets, strict=True):
-                more = {"dataset": config.dataset, "source": splits.source, "seed": config.seed}
-                one = one._replace(config=one.config | more)
-                attacks.save(archive(output, number), one, as_uint8=True)
+                one = one._replace(config=one.config | source)
+                attacks.save(archive(work, number), one, as_uint8=True)
 
         parallel.on_main(save)
-    return parallel.on_all(lambda: attacks.load(path, num_classes=model.num_classes))
+    return parallel.on_all(lambda: attacks.load(path, num_classes=work.model.num_classes))
 
 
-def archive(output: run.Run, target: int) -> Path:
+def archive(work: Work, target: int) -> Path:
     """Returns where the poisoned set of a target is."""
-    return output.folder / "poisons" / f"target{target:03d}.npz"
+    return work.output.folder / "poisons" / f"target{target:03d}.npz"
 
 
-def surrogate(config, output, meter, done, model, splits: Splits, number: int) -> Victim:
+def surrogate(work: Work, number: int) -> Victim:
     """Returns a network of the attacker's, trained on clean data or restored."""
+    recipe = work.config.recipe
     checkpoints = Checkpoints(
-        output.folder / "checkpoints" / f"surrogate{number}",
-        every=config.checkpoint_every,
-        identity=f"surrogate {number} {output.config}",
+        work.output.folder / "checkpoints" / f"surrogate{number}",
+        every=work.config.checkpoint_every,
+        identity=f"surrogate {number} {work.output.config}",
     )
 
     def report(epoch, metrics):
-        meter.show(
-            f"surrogate {number}: epoch {epoch + 1}/{config.recipe.epochs}, "
-            f"loss {metrics['loss']:.3f}",
-            done,
+        work.tell(
+            f"surrogate {number}: epoch {epoch + 1}/{recipe.epochs}, loss {metrics['loss']:.3f}"
         )
 
     try:
-        key = jax.random.fold_in(config.key(SURROGATE), number)
+        key = jax.random.fold_in(work.config.key(SURROGATE), number)
         state = training.fit(
-            model, config.recipe, splits.train, key=key, checkpoints=checkpoints, report=report
+            work.model, recipe, work.splits.train, key=key, checkpoints=checkpoints, report=report
         )
     finally:
         checkpoints.close()
-    return Victim(model, state.variables)
+    return Victim(work.model, state.variables)
 
 
-def draw(config: Config, splits: Splits, known: Victim) -> Trials:
+def draw(work: Work, known: Victim) -> Trials:
     """Returns the trials; targets are test images that a network trained on clean data gets right.
 
     The first so many of them are the same, however many are drawn.
     """
-    true = splits.test.labels
-    shares = study.probabilities(known.model, known.variables, splits.test.images)
+    config, true = work.config, work.splits.test.labels
+    shares = study.probabilities(*known, work.splits.test.images)
     others = np.where(np.arange(shares.shape[1]) == true[:, None], -1, shares)
     return attacks.draw_trials(
         config.key(CHOICE),
-        splits.train,
-        splits.test,
+        work.splits.train,
+        work.splits.test,
         num_trials=config.num_targets,
         num_poisons=config.num_poisons,
         base_class=others.argmax(axis=1) if config.intended == "runner_up" else None,

@@ -57,20 +57,12 @@ from jaxpoison.filters import ContaminationWarning
 from jaxpoison.training import Checkpoints
 
 
-@dataclasses.dataclass
-class Work:
-    """A run at work: what all stages need, and how many of them are done."""
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Work(run.Work):
+    """A run at work, of which stages are done, with its data."""
 
     config: Config
     sets: Sets
-    output: run.Run
-    meter: run.Meter
-    done: int = 0
-
-    def tell(self, text: str, finished: int = 0) -> None:
-        """Says what was just done, `finished` stages more."""
-        self.done += finished
-        self.meter.show(text, self.done)
 
 
 class Bench(NamedTuple):
@@ -119,7 +111,7 @@ def compare(config: Config) -> None:
     stages = config.pretraining.epochs + len(grid(config, "")) + len(config.hint_attacks)
     benches, rows, hint_rows = {}, [], []
     with run.Meter(len(config.networks) * stages) as meter:
-        work = Work(config, sets, output, meter)
+        work = Work(config=config, sets=sets, output=output, meter=meter)
         for network in config.networks:
             bench = benches[network] = prepare(work, network)
             for cell in grid(config, network):
@@ -160,7 +152,7 @@ def reopened(folder: Path, data_dir: str | None, meter: run.Meter) -> tuple[Work
     config = read(folder)
     output = run.Run(folder, dataclasses.asdict(config))
     sets = load(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
-    work = Work(config, sets, output, meter)
+    work = Work(config=config, sets=sets, output=output, meter=meter)
     return work, prepare(work, config.networks[0])
 
 

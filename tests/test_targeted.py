@@ -15,6 +15,7 @@ from jaxpoison import attacks, models
 from jaxpoison.data import load_embedded
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import run as run_module
 import targeted
 
 ROOT = Path(__file__).parents[1]
@@ -87,12 +88,38 @@ def test_running_again_does_only_what_is_missing(first):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_the_intended_class_may_be_the_likeliest_other_one():
+def work(folder, config, model=None, splits=None):
+    output = run_module.Run(folder, {})
+    meter = run_module.Meter(1)
+    return targeted.Work(config=config, output=output, meter=meter, model=model, splits=splits)
+
+
+def test_a_network_without_poisons_that_cannot_be_trained_does_not_stop_the_others(
+    tmp_path, monkeypatch
+):
+    config = dataclasses.replace(targeted.QUICK, num_targets=2)
+
+    def fail(_):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(targeted, "without_poisons", fail)
+    rows = targeted.unpoisoned(work(tmp_path, config))
+    assert [row["target"] for row in rows] == [0, 1]
+    assert {row["error"] for row in rows} == {"MemoryError: too large"}
+    seen = [{"success": False}, {"success": True}]
+    monkeypatch.setattr(targeted, "without_poisons", lambda _: seen)
+    again = targeted.unpoisoned(work(tmp_path, config))
+    assert [row["success"] for row in again] == [False, True]
+    monkeypatch.setattr(targeted, "without_poisons", fail)  # is not asked again
+    assert targeted.unpoisoned(work(tmp_path, config)) == again
+
+
+def test_the_intended_class_may_be_the_likeliest_other_one(tmp_path):
     splits = load_embedded("cifar10", seed=0)
     model = models.resnet18(width=2, blocks=(1,))
     known = attacks.Victim(model, model.init(jax.random.key(0), splits.test.images[:1] / 255.0))
     config = dataclasses.replace(targeted.QUICK, num_targets=5, intended="runner_up")
-    trials = targeted.draw(config, splits, known)
+    trials = targeted.draw(work(tmp_path, config, model, splits), known)
     logits = np.asarray(model.apply(known.variables, trials.targets[:, 0] / np.float32(255)))
     ranking = np.argsort(-logits, axis=1)
     np.testing.assert_array_equal(ranking[:, 0], trials.target_labels)

@@ -55,15 +55,15 @@ def layer_weights(gamma: str | Sequence[float] | jax.Array, num_layers: int) -> 
                 f"{num_layers} numbers, not {gamma!r}"
             )
         return jnp.asarray(weights / weights.sum(), jnp.float32)
-    if not isinstance(gamma, Tracer):
-        gamma = np.asarray(gamma, np.float32)  # its values are known, also while `jit` traces
-    if gamma.shape != (num_layers,):
+    # The values of all but a tracer are known, also while `jit` traces.
+    weights = gamma if isinstance(gamma, Tracer) else np.asarray(gamma, np.float32)
+    if weights.shape != (num_layers,):
         raise ValueError(
-            f"gamma has shape {gamma.shape}; expected one weight for each of {num_layers} layers"
+            f"gamma has shape {weights.shape}; expected one weight for each of {num_layers} layers"
         )
-    if isinstance(gamma, np.ndarray) and not ((gamma >= 0).all() and gamma.sum()):
-        raise ValueError(f"gamma must not be negative, nor 0 for every layer; it is {gamma}")
-    return jnp.asarray(gamma / gamma.sum())
+    if isinstance(weights, np.ndarray) and not ((weights >= 0).all() and weights.sum()):
+        raise ValueError(f"gamma must not be negative, nor 0 for every layer; it is {weights}")
+    return jnp.asarray(weights / weights.sum())
 
 
 def fisher_weights(centroids: Centroids) -> jax.Array:
