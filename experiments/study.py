@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -407,13 +407,19 @@ def save_predictions(work: Work, cell: Cell, state: TrainState) -> None:
 
 def probabilities(model: models.Classifier, variables: Any, images: Any) -> np.ndarray:
     """Returns the share that a network gives to each class, float32 [N, K], on the host."""
+    mesh = parallel.data_mesh()
+    predict = predictor(cast(Hashable, model), mesh)
+    return parallel.to_host(predict(variables, parallel.replicate(images, mesh)))
+
+
+@functools.lru_cache(maxsize=1)  # one function for all cells, so that it is compiled once
+def predictor(model: Any, mesh: jax.sharding.Mesh) -> Callable[[Any, Any], Any]:
+    """Returns `predict(variables, images) -> shares`, all on the devices."""
 
     def predict(variables, images):
         return jax.nn.softmax(jnp.asarray(model.apply(variables, to_float(images))))
 
-    mesh = parallel.data_mesh()
-    predict_all = loops.map_batches(predict, mesh=mesh)
-    return parallel.to_host(predict_all(variables, parallel.replicate(images, mesh)))
+    return loops.map_batches(predict, mesh=mesh)
 
 
 def prediction_file(work: Work, cell: Cell) -> Path:

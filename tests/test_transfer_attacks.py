@@ -122,6 +122,7 @@ def test_each_candidate_may_have_a_class_of_its_own_to_be_taken_for():
         ({"base_class": 3, "num_poisons": 21}, "class 3 has the 21 examples"),
         ({"base_class": 7}, "class 7 has the"),
         ({"base_class": 1, "target_class": 1}, "must differ"),
+        ({"base_class": np.int64(1), "target_class": 1}, "must differ"),
         ({"base_class": np.zeros(3, int)}, "one for each of the 40 candidates"),
         ({"base_class": 0.5}, "must be a class"),
         ({"num_trials": 41}, "only 40 candidates"),

@@ -124,7 +124,7 @@ def draw_trials(
     check(candidates, name="candidates")
     _check_positive("num_trials", num_trials)
     _check_positive("num_poisons", num_poisons)
-    if isinstance(base_class, int) and base_class == target_class:
+    if base_class is not None and np.ndim(base_class) == 0 and base_class == target_class:
         raise ValueError(f"base_class and target_class are both {base_class}: they must differ")
     labels, true = np.asarray(train.labels), np.asarray(candidates.labels)
     wanted = None if base_class is None else _for_each(base_class, len(true))
