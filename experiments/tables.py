@@ -3,10 +3,11 @@
   python experiments/tables.py                                  # writes docs/results.md
   python experiments/tables.py --results runs --out runs/results.md --latex runs/tables.tex
 
-Everything comes from results files, `*/result.json` in the folder of results, and from `notes.md`
-beside them, which says in words what to make of them; `transfer_filter.py` has written its report
-beside its own. A table holds the rows of one results file, hence of one scale. Numbers are mean ±
-standard deviation over seeds; what did not run is marked.
+Everything comes from results files, `*/result.json` in the folder of results. `notes.md` beside one
+says in words what to make of it, and `notes.md` in the folder of results what to make of them all;
+`transfer_filter.py` has written its report beside its own. A table holds the rows of one results
+file, hence of one scale. Numbers are mean ± standard deviation over seeds; what did not run is
+marked.
 """
 
 import argparse
@@ -309,7 +310,7 @@ def success(group: Rows) -> str:
 
 
 def page(folder: Path, where: Path) -> str:
-    """Returns the results page, to stand in `where`: the notes and tables of each results file."""
+    """Returns the results page, to stand in `where`: notes on all, then each results file."""
 
     def link(path):
         return Path(os.path.relpath(path, where)).as_posix()
@@ -323,11 +324,12 @@ def page(folder: Path, where: Path) -> str:
         "full sets, 5 trials, and a mixture of PGD, DAP, DURP and DeepConfuse.",
         "",
     ]
-    for path, result in results(folder):
+    found = list(results(folder))
+    parts += _notes(folder)
+    parts += [*(f"- [{path.parent.name}](#{path.parent.name})" for path, _ in found), ""]
+    for path, result in found:
         parts += [f"## {path.parent.name}", ""]
-        notes = path.with_name("notes.md")
-        if notes.exists():
-            parts += [notes.read_text().strip(), ""]
+        parts += _notes(path.parent)
         if kind(result) == TRANSFER:
             report = path.with_name("table.md")
             parts += [summary(report.read_text()), f"[All numbers]({link(report)})", ""]
@@ -388,6 +390,12 @@ def main() -> None:
         tables = [table.latex() for _, result in found for table in tables_of(result)]
         options.latex.write_text("\n".join(tables))
         print(options.latex)
+
+
+def _notes(folder):
+    """Returns what a folder's notes say, if it has any."""
+    path = folder / "notes.md"
+    return [path.read_text().strip(), ""] if path.exists() else []
 
 
 def _setting(result):

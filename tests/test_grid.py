@@ -117,13 +117,15 @@ def test_predictions_are_those_of_the_accuracy_in_the_table(grid):
 
 def test_tables_of_a_grid_are_written_as_markdown_and_latex(grid):
     run_dir, _, _ = grid
+    (run_dir.parent / "notes.md").write_text("What to make of all.")
     (run_dir / "notes.md").write_text("What to make of it.")
     page, latex = run_dir.parent / "page.md", run_dir.parent / "tables.tex"
     done = run(run_dir, "tables.py", "--results", str(run_dir.parent), "--out", str(page),
                "--latex", str(latex))  # fmt: skip
     assert done.returncode == 0, done.stderr
     text = page.read_text()
-    assert "## tiny" in text and "What to make of it." in text and "predictions.png" in text
+    order = ("What to make of all.", "- [tiny]", "## tiny", "What to make of it.")
+    assert sorted(order, key=text.index) == list(order)
     assert "| random noise of HINT's size | not run |" in text and "](tiny/predictions.png)" in text
     assert r"\begin{tabular}{lrr}" in latex.read_text()
     assert r"HINT's size & not run &" in latex.read_text()
@@ -268,6 +270,10 @@ def test_table_III_counts_targets_with_wilson_intervals():
     assert table.rows[0] == ["GM", "none", "15 of 20 [53, 89] %", "5 of 5", "90.00 ± 0.00",
                              "93.69 ± 0.19"]  # fmt: skip
     assert table.rows[1][:4] == ["GM", "HINT", "not run", "0 of 5"]
+    # One network sees all targets, so that its accuracy has no spread.
+    seen = [row(0.0, "clean", 0.9, 0, attack="gm", success=False) for _ in range(20)]
+    table = tables.table_III(made_by_hand(seen, kind="targeted"))
+    assert table.rows[0] == ["GM", "none, no poisons", "0 of 20 [0, 16] %", "-", "90.00", "-"]
 
 
 def test_the_results_page_is_that_of_the_committed_results():
