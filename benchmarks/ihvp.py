@@ -23,7 +23,7 @@ import problem as problems
 
 from jaxpoison import curvature, influence, solvers
 
-LISSA_STEPS, LISSA_BATCH, LISSA_SCALE = 20, 128, 50.0
+LISSA_STEPS, LISSA_SCALE = 20, 50.0
 
 
 def main() -> None:
@@ -31,7 +31,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tolerance", type=float, default=1e-3, help="of conjugate gradients")
-    parser.add_argument("--chunk-size", type=int, default=128, help="examples in a pass")
+    parser.add_argument(
+        "--chunk-size", type=int, default=128, help="examples in a pass, and in a step of LiSSA"
+    )
     problems.add_arguments(parser)
     measure.add_arguments(parser)
     peers.add_arguments(parser)
@@ -44,7 +46,7 @@ def main() -> None:
         contenders = [
             *conjugate_gradients(problem, options, others),
             *conjugate_gradients_head(problem, options, others),
-            *lissa(problem, others),
+            *lissa(problem, options, others),
             *lissa_head(problem, options, others),
         ]
         result = measure.race(
@@ -159,9 +161,9 @@ def with_features(problem, options, batch):
     return curvature.map_chunks(problem.features, images, options.chunk_size), labels
 
 
-def lissa(problem, others) -> list[measure.Contender]:
+def lissa(problem, options, others) -> list[measure.Contender]:
     """Returns recursions over all parameters; rates are steps per second."""
-    work = f"LiSSA, all parameters, {LISSA_STEPS} steps of {LISSA_BATCH}"
+    work = f"LiSSA, all parameters, {LISSA_STEPS} steps of {options.chunk_size}"
     found = []
     for name, kind, product in (
         ("Hessian", None, "hessian_afresh"),
@@ -169,35 +171,40 @@ def lissa(problem, others) -> list[measure.Contender]:
     ):
         program = measure.compiled(
             lambda params, group, train, kind=kind: recursion(
-                problem.loss, params, group, train, kind
+                problem.loss, params, group, train, kind, options.chunk_size
             ),
             problem.params, problem.group, problem.train,
         )  # fmt: skip
         found.append(
             measure.contender(
                 work, f"{measure.OURS}, {name}", program, items=LISSA_STEPS,
-                flops=problems.FLOPS[product] * LISSA_STEPS * LISSA_BATCH,
+                flops=problems.FLOPS[product] * LISSA_STEPS * options.chunk_size,
             )
         )  # fmt: skip
-    return found + others.contenders(work, "lissa", items=LISSA_STEPS, part="all", **settings())
+    return found + others.contenders(
+        work, "lissa", items=LISSA_STEPS, part="all", **settings(options)
+    )
 
 
 def lissa_head(problem, options, others) -> list[measure.Contender]:
     """Returns recursions over the last layer, features made once for all examples."""
-    work = f"LiSSA, last layer, {LISSA_STEPS} steps of {LISSA_BATCH}"
+    work = f"LiSSA, last layer, {LISSA_STEPS} steps of {options.chunk_size}"
 
     def from_images(head, group, train):
         group, train = (with_features(problem, options, batch) for batch in (group, train))
         return given(head, group, train)
 
     def given(head, group, train):
-        return recursion(influence.linear_head_loss, head, group, train, curvature.linear_head)
+        return recursion(
+            influence.linear_head_loss, head, group, train, curvature.linear_head,
+            options.chunk_size,
+        )  # fmt: skip
 
     head = problem.params["head"]
     features = tuple(
         (problem.features(images), labels) for images, labels in (problem.group, problem.train)
     )
-    flops = problems.FLOPS["head_product"] * LISSA_STEPS * LISSA_BATCH
+    flops = problems.FLOPS["head_product"] * LISSA_STEPS * options.chunk_size
     forward = problems.FLOPS["forward"] * (len(problem.group[1]) + len(problem.train[1]))
     return [
         measure.contender(
@@ -209,17 +216,17 @@ def lissa_head(problem, options, others) -> list[measure.Contender]:
             measure.compiled(from_images, head, problem.group, problem.train),
             items=LISSA_STEPS, flops=flops + forward,
         ),
-        *others.contenders(work, "lissa", items=LISSA_STEPS, part="head", **settings()),
+        *others.contenders(work, "lissa", items=LISSA_STEPS, part="head", **settings(options)),
     ]  # fmt: skip
 
 
-def recursion(loss_fn, params, group, train, kind) -> jax.Array:
+def recursion(loss_fn, params, group, train, kind, batch_size) -> jax.Array:
     """Returns LiSSA's answer alone: XLA then drops the product that measures its residual."""
     solver = solvers.lissa(
         damping=problems.DAMPING,
         scale=LISSA_SCALE,
         num_steps=LISSA_STEPS,
-        batch_size=LISSA_BATCH,
+        batch_size=batch_size,
         stagnation=0.0,
     )
     return influence.group_ihvp(
@@ -227,9 +234,9 @@ def recursion(loss_fn, params, group, train, kind) -> jax.Array:
     ).value
 
 
-def settings() -> dict[str, float]:
+def settings(options) -> dict[str, float]:
     """Returns LiSSA's settings as the peers take them."""
-    return {"batch": LISSA_BATCH, "steps": LISSA_STEPS, "scale": LISSA_SCALE}
+    return {"batch": options.chunk_size, "steps": LISSA_STEPS, "scale": LISSA_SCALE}
 
 
 def evidence(solution: solvers.Solution) -> dict[str, Any]:
