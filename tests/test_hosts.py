@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ SLURM_PORTS = 65535 - 2**12 + 1  # the first of them
 SECONDS = 300  # a hang fails after so long; on two quiet cores each test takes a tenth of it
 TINY = (
     *("--preset", "quick", "--train-examples", "64", "--recipe.batch-size", "32"),
-    *("--test-examples", "100", "--trusted-examples", "64"),
+    *("--test-examples", "1000", "--trusted-examples", "64"),
     *("--recipe.epochs", "4", "--hint.schedule", "1", "--trusted-epochs", "1"),
     *("--attacks", "durp", "pgd", "--defenses", "hint", "--checkpoint-every", "1"),
 )
@@ -269,7 +270,7 @@ def test_an_experiment_of_two_processes_killed_and_continued_gives_the_numbers_o
     for line, want in wanted.items():
         for name in want.keys() - {name for name in want if name.endswith("seconds")}:
             # Sums are taken in another order, and sixteen steps of training carry that on.
-            tolerance = 0.02 if name.endswith("accuracy") else 1e-3 * abs(want[name])
+            tolerance = 2e-3 if name.endswith("accuracy") else 1e-3 * abs(want[name])
             if name != "residual":
                 assert got[line][name] == pytest.approx(want[name], abs=tolerance), (line, name)
     update = got["seed0-p1-hint", 1]
@@ -299,8 +300,9 @@ def test_one_set_of_files_is_written_and_one_process_prints(one, two):
     assert rows[run_dir]["config"] == rows[one]["config"] | {"run_dir": str(run_dir)}
     assert len(rows[run_dir]["rows"]) == len(rows[one]["rows"]) == 3
     assert "| 1 | HINT |" in printed and "picture" in printed
-    # XLA's transport between CPUs prints a line of its own.
-    assert not [line for line in silent.splitlines() if not line.startswith("[Gloo]")]
+    # XLA's transport between CPUs prints a line for each device, in pieces that may mingle.
+    gloo = "[Gloo] Rank is connected to peer ranks. Expected number of :"
+    assert set(re.findall(r"[^\s\d.:\[\]]+|\d\.\d", silent)) <= set(re.findall(r"\w+", gloo))
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_all_before_any_work(tmp_path):
