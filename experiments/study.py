@@ -136,9 +136,14 @@ def _hint_identity(config: Common, model: models.Classifier, splits: Splits) -> 
     return _hint(solver="identity", gamma=gamma)(config, model, splits)
 
 
-def _hint_recommended(config: Common, model: models.Classifier, splits: Splits) -> Defense:
-    healthy = _hint(**BY_MASS)(config, model, splits)
-    return defenses.chain(healthy, defenses.recommended(splits.validation))
+def _then_recommended(first: Callable[..., Defense]) -> Callable[..., Defense]:
+    """Returns the defence `first`, and the recommended one after it."""
+
+    def make(config: Common, model: models.Classifier, splits: Splits) -> Defense:
+        then = defenses.recommended(splits.validation)
+        return defenses.chain(first(config, model, splits), then)
+
+    return make
 
 
 def _friends(kind: Literal["bernoulli", "uniform", "gaussian"]) -> Callable[..., Defense]:
@@ -149,6 +154,10 @@ def _friends(kind: Literal["bernoulli", "uniform", "gaussian"]) -> Callable[...,
 
 def _random_noise(config: Common, model: models.Classifier, splits: Splits) -> Defense:
     return defenses.fixed_noise(config.hint.beta, config.hint.ratio)
+
+
+def _jpeg(config: Common, model: models.Classifier, splits: Splits) -> Defense:
+    return defenses.jpeg()
 
 
 NOISE_PICTURE = "noise.png"
@@ -169,10 +178,11 @@ DEFENSES: dict[str, Callable[[Common, models.Classifier, Splits], Defense]] = {
     "hint_identity": _hint_identity,
     "hint_sign": _hint(step="sign"),
     "hint_mass": _hint(**BY_MASS),
-    "hint_recommended": _hint_recommended,
+    "hint_recommended": _then_recommended(_hint(**BY_MASS)),
     "friends_uniform": _friends("uniform"),
     "friends_gaussian": _friends("gaussian"),
-    "jpeg": lambda config, model, splits: defenses.jpeg(),
+    "jpeg": _jpeg,
+    "jpeg_recommended": _then_recommended(_jpeg),
     "grey": lambda config, model, splits: defenses.grey(),
     "mixup": lambda config, model, splits: defenses.mixup(model.num_classes),
     "cutmix": lambda config, model, splits: defenses.cutmix(model.num_classes),

@@ -41,6 +41,7 @@ LABELS = {
     "friends_uniform": "FRIENDS, uniform noise",
     "friends_gaussian": "FRIENDS, Gaussian noise",
     "jpeg": "JPEG, quality 10",
+    "jpeg_recommended": "JPEG, quality 10, + recommended",
     "grey": "grey-scale",
     "mixup": "MixUp",
     "cutmix": "CutMix",

@@ -34,6 +34,7 @@ CONTROLS = (
     "hint_mass",
     "hint_recommended",
     "jpeg",
+    "jpeg_recommended",
     "mixup",
     "cutmix",
 )

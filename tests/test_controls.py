@@ -25,6 +25,7 @@ from jaxpoison.defenses import (
     refit_head,
 )
 from jaxpoison.defenses.base import keep_batch, keep_epoch
+from jaxpoison.defenses.squeezing import compress
 from jaxpoison.training.fit import losses_and_hits
 
 RECIPE = training.Recipe(
@@ -283,6 +284,15 @@ def test_recommended_is_trusted_examples_as_half_of_an_epoch():
     fit(chain(healthy, defense), report=lambda epoch, metrics: log.append(metrics))
     assert log[1]["chosen"].shape == (48,)
     assert log[1]["ratio"] == np.mean(log[1]["chosen"]) < 1
+
+
+def test_jpeg_before_recommended_squeezes_the_collected_images_alone():
+    train, trusted = random_set(), TRUSTED
+    defense = chain(jpeg(), recommended(trusted, mesh=one_device()))
+    _, epoch, _ = defense.on_epoch(defense.init(KEY, train), 0, None, train)
+    jpegs, as_they_come = np.split(np.asarray(epoch.images), [len(train.labels)])
+    np.testing.assert_allclose(jpegs, compress(train.images, 10) / 255, rtol=1e-6)
+    np.testing.assert_array_equal(as_they_come, np.tile(trusted.images, (3, 1, 1, 1)))
 
 
 @pytest.mark.parametrize(
