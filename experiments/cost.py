@@ -3,9 +3,10 @@
   python experiments/cost.py                                # narrow ResNet, embedded slice, CPU
   python experiments/cost.py --width 64 --data-dir DIR      # ResNet-18, CIFAR-10
 
-All defences take turns in one run, so that they see the same machine. In each round, for each of
-them: the steps of one epoch, one update (HINT), selection (EPIC) or making of noise (FRIENDS), and
-what is done before every other epoch. Medians over the rounds, added up over the paper's epochs:
+All defences take turns in one run, so that they see the same machine, and each round begins with
+another. In each round, for each of them: the steps of one epoch, one update (HINT), selection
+(EPIC) or making of noise (FRIENDS), and what is done before every other epoch. Each over the steps
+of plain training in the same round; medians over the rounds, added up over the paper's epochs:
 
     time = epochs * steps + updates * update + (epochs - updates) * other
 
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 2, 2, 2])
     parser.add_argument("--examples", type=int, help="use only the first so many")
     parser.add_argument("--data-dir", help="the whole set; default: the embedded slice")
-    parser.add_argument("--rounds", type=int, default=5, help="to time, after one to compile")
+    parser.add_argument("--rounds", type=int, default=9, help="to time, after one to compile")
     parser.add_argument("--defenses", nargs="+", choices=list(DEFENSES), default=list(DEFENSES))
     parser.add_argument("--run-dir", type=Path, default=Path("runs/cost"))
     options = vars(parser.parse_args())
@@ -108,7 +109,9 @@ def measure(config: Config, run_dir: Path) -> None:
             run.say(f"{name}: compiled")
     for number, seconds in enumerate(rounds):
         if seconds is None:
-            seconds = {name: clock.round() for name, clock in clocks.items()}
+            first = number % len(clocks)  # what comes after a dear one is no longer always the same
+            order = [*config.defenses[first:], *config.defenses[:first]]
+            seconds = {name: clocks[name].round() for name in order}
             rounds[number] = seconds
             output.finish(f"round{number}", seconds)
             run.say(f"round {number + 1} of {config.rounds}")
@@ -215,13 +218,12 @@ def counted(settings: study.Config, name: str, num_train: int, num_trusted: int)
 def summarise(
     settings: study.Config, name: str, rounds: list[Any], sizes: tuple[int, int]
 ) -> dict[str, Any]:
-    """Returns the row of one defence, times in epochs of plain training."""
+    """Returns the row of one defence, times in epochs of plain training in the same round."""
 
-    def median(name, part):
-        return statistics.median(seconds[name][part] for seconds in rounds)
+    def median(part):
+        return statistics.median(of[name][part] / of["none"]["steps"] for of in rounds)
 
-    epoch = median("none", "steps")
-    event, ordinary, steps = (median(name, part) / epoch for part in ("event", "ordinary", "steps"))
+    event, ordinary, steps = map(median, ("event", "ordinary", "steps"))
     epochs, num_events = settings.recipe.epochs, len(events(settings, name))
     return {
         "defense": name,
@@ -232,7 +234,7 @@ def summarise(
         "event_epochs": event,
         "num_events": num_events,
         "ordinary_epochs": ordinary,
-        "plain_epoch_seconds": epoch,
+        "plain_epoch_seconds": statistics.median(of["none"]["steps"] for of in rounds),
     }
 
 
