@@ -19,7 +19,7 @@ from jaxpoison import attacks, filters, models, parallel, training
 from jaxpoison.data import Dataset, to_float
 
 PER_CLASS = 50
-TRIALS = 6
+TRIALS = 12
 
 
 class Body(nn.Module):
@@ -74,8 +74,8 @@ def successful(num_poisons):
     )  # fmt: skip
     sets = []
     for attack in (
-        attacks.feature_collision(epsilon=0.35, num_steps=60, step=0.5),
-        attacks.bullseye_polytope(epsilon=0.35, num_steps=60),
+        attacks.feature_collision(epsilon=0.5, num_steps=60, step=0.5),
+        attacks.bullseye_polytope(epsilon=0.5, num_steps=60),
     ):
         sets += attacks.poison(jax.random.key(3), train, trials, attack, [victim()])
     success = judge(sets).success
@@ -104,10 +104,11 @@ def filtered(sets, centroids):
 
 @pytest.mark.parametrize("centroids", ["dataset", "trusted"])
 def test_a_tenth_of_a_class_is_found(centroids):
-    found, clean_flagged, still_succeed = filtered(successful(PER_CLASS // 10), centroids)
+    sets = successful(PER_CLASS // 10)
+    found, clean_flagged, still_succeed = filtered(sets, centroids)
     assert found >= 0.9
     assert clean_flagged <= (0.03 if centroids == "dataset" else 0.05)
-    assert still_succeed == 0
+    assert still_succeed <= len(sets) // 10
 
 
 def test_most_of_a_class_is_found_only_by_trusted_images():
