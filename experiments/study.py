@@ -136,6 +136,17 @@ def _hint_identity(config: Common, model: models.Classifier, splits: Splits) -> 
     return _hint(solver="identity", gamma=gamma)(config, model, splits)
 
 
+def _hint_released(config: Common, model: models.Classifier, splits: Splits) -> Defense:
+    # As often and on as many images as HINT beside it; their steps shrink from the last update on.
+    released = dataclasses.replace(
+        defenses.RELEASED_CODE,
+        ratio=config.hint.ratio,
+        schedule=config.hint.schedule,
+        late_epoch=config.hint.schedule[-1],
+    )
+    return defenses.hint(model, splits.validation, released)
+
+
 def _then_recommended(first: Callable[..., Defense]) -> Callable[..., Defense]:
     """Returns the defence `first`, and the recommended one after it."""
 
@@ -178,6 +189,7 @@ DEFENSES: dict[str, Callable[[Common, models.Classifier, Splits], Defense]] = {
     "hint_identity": _hint_identity,
     "hint_sign": _hint(step="sign"),
     "hint_mass": _hint(**BY_MASS),
+    "hint_released": _hint_released,
     "hint_recommended": _then_recommended(_hint(**BY_MASS)),
     "friends_uniform": _friends("uniform"),
     "friends_gaussian": _friends("gaussian"),

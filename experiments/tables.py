@@ -37,6 +37,7 @@ LABELS = {
     "hint_identity": "HINT, identity for H⁻¹",
     "hint_sign": "HINT, sign of the map",
     "hint_mass": "HINT, r by 90 % of influence",
+    "hint_released": "HINT, settings of the authors' code",
     "hint_recommended": "HINT, r by 90 % of influence, + recommended",
     "friends_uniform": "FRIENDS, uniform noise",
     "friends_gaussian": "FRIENDS, Gaussian noise",

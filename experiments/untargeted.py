@@ -32,6 +32,7 @@ CONTROLS = (
     "hint_identity",
     "hint_sign",
     "hint_mass",
+    "hint_released",
     "hint_recommended",
     "jpeg",
     "jpeg_recommended",

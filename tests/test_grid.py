@@ -211,7 +211,7 @@ def test_variants_of_hint_differ_in_what_their_names_say():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study.defenses, "hint", note)
         for name in ("hint", "hint_sign", "hint_random", "hint_mass", "hint_r0.1", "hint_beta0.125",
-                     "hint_identity"):  # fmt: skip
+                     "hint_identity", "hint_released"):  # fmt: skip
             made[name] = study.DEFENSES[name](config, None, load_embedded("mnist"))
     changed = {
         name: {
@@ -229,6 +229,14 @@ def test_variants_of_hint_differ_in_what_their_names_say():
         "hint_r0.1": {"ratio": 0.1},
         "hint_beta0.125": {"beta": 0.125},
         "hint_identity": {"solver": "identity", "gamma": 0.2},
+        "hint_released": {
+            "beta": 16 / 255,
+            "solver": "lissa",
+            "hessian_examples": "chosen",
+            "coordinates": "normalised",
+            "late_epoch": 5,  # of the schedule (2, 5)
+            "storage": "uint8_floor",
+        },
     }
 
 
