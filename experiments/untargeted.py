@@ -1,4 +1,4 @@
-"""The grid of HINT's Table II: all defences and controls, over p and seeds, at four scales.
+"""The grid of HINT's Table II: all defences and controls, over p and seeds, at three scales.
 
   python experiments/untargeted.py --preset mnist-laptop       # embedded slice, CPU
   python experiments/untargeted.py --preset cifar10-laptop     # embedded slice, narrow ResNet
@@ -8,10 +8,10 @@ The same command in the same --run-dir continues: it trains what is missing and 
 Other --seeds, --poison-ratios, --defenses and --controls in that folder add to what is there.
 
 Work at the scale `laptop`, from an idle machine of 2 cores: an MNIST step on 128 images takes
-75 ms, so a cell of 310 steps half a minute; FRIENDS costs two and ATDA six of them, and crafting at
-p = 1 three minutes. 40 cells a seed are then 50 minutes: 2.5 hours for three seeds. CIFAR-10, one
-seed: 45 minutes. Seeds are trained one after another: under `vmap` each would have filters of its
-own, which XLA's CPU backend has no fast convolution for.
+75 ms, so a cell of 310 steps half a minute; FRIENDS and what ends in `recommended` cost two and
+ATDA six of them, and crafting at p = 1 three minutes. 51 cells a seed are then 50 minutes: 2.5
+hours for three seeds. CIFAR-10, one seed: 45 minutes. Seeds are trained one after another: under
+`vmap` each would have filters of its own, which XLA's CPU backend has no fast convolution for.
 """
 
 import dataclasses
