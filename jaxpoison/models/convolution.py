@@ -1,0 +1,423 @@
+"""Convolution of images that is also fast on CPU: value, image gradient and kernel gradient.
+
+A convolution y = x * k of images [B,H,W,C] with a kernel [h,w,C,F] is bilinear, and so are its two
+transposes: to the image, and to the kernel. Each of the three is a JAX primitive here whose
+derivatives are the other two, so that products of any order, forward and reverse, come out as the
+same three operations. How each is computed on CPU is chosen from its shape in `_value`,
+`_image_gradient` and `_kernel_gradient`. On accelerators, and in programs that XLA partitions over
+several devices, they are `jax.lax.conv_general_dilated` and its transposes.
+
+XLA's CPU backend alone is 2 to 10 times off the limit that its matrix product sets, and another 10
+to 30 times inside a loop. What serves instead:
+
+- The *library*: oneDNN is linked into jaxlib for x86-64 Linux, and a custom call reaches its
+  forward convolution and its batched matrix product, from loops too. The call is no public
+  interface, so it is used with the releases of jaxlib it was tested with, in float32, where JAX
+  keeps no cache of compiled programs on disk, and nowhere else.
+- *Patches*: one product with the image's patches [pixels, h w C]. They hold each pixel
+  h w / (strides) times.
+- *Rows*, for gradients to kernels of stride 1: neighbors along the width are copied next to each
+  other on the image's side [pixels, w C], those along the height on the output's [pixels, h F], and
+  the product of the two, [h F, w C], is the gradient: w C + h F copies rather than h w C, and a
+  product of more balanced shape.
+
+Milliseconds for 128 images in float32, two cores of a Xeon, medians of 5 interleaved samples; the
+limit is that of a product of large matrices. *Chosen* marks what is used.
+
+TABLE
+"""
+
+import functools
+import json
+import math
+import platform
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+from jax import lax
+from jax.extend import core
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
+from jax.interpreters import ad, batching, mlir
+
+from jaxpoison import curvature, loops
+
+# Bytes of copies that the rows form makes at once: what two cores keep in their caches.
+_ROWS_AT_ONCE, _ROWS_CHUNK = 13_000_000, 1_600_000
+_LIBRARY_TESTED = ("0.10.2", "0.12.0.1")
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+class _Window(NamedTuple):
+    """Which convolution it is, apart from batch and channels; the same for all three maps."""
+
+    image: tuple[int, int]
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+
+    @property
+    def output(self) -> tuple[int, int]:
+        return tuple(
+            (size + sum(pads) - width) // stride + 1
+            for size, width, stride, pads in zip(*self[:3], self.padding, strict=True)
+        )
+
+
+def conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs):
+    """Convolution of images [B,H,W,C] with a kernel [h,w,C,F]; arguments and value as JAX's.
+
+    May be differentiated in any mode and to any order, and put under `jit`, `vmap`, `scan` and
+    `shard_map`. Dilated and grouped convolutions are left to JAX.
+    """
+    plain = {*kwargs["lhs_dilation"], *kwargs["rhs_dilation"], kwargs["feature_group_count"]} == {1}
+    fits = (
+        (lhs.ndim, rhs.ndim) == (4, 4)
+        and lhs.shape[3] == rhs.shape[2]
+        and lhs.dtype == rhs.dtype
+        and jnp.issubdtype(lhs.dtype, jnp.floating)
+    )
+    if loops.steps_from_host() and plain and fits:
+        image, kernel, strides = lhs.shape[1:3], rhs.shape[:2], tuple(window_strides)
+        if isinstance(padding, str):
+            padding = lax.padtype_to_pads(image, kernel, strides, padding)
+        window = _Window(image, kernel, strides, tuple(map(tuple, padding)))
+        if min(lhs.size, rhs.size, *window.output) > 0:
+            lhs = curvature.device_local(lhs, rhs)
+            return _value_p.bind(lhs, curvature.device_local(rhs, lhs), window=window)
+    return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
+
+
+# Each map on CPU.
+
+
+def _value(x, k, window):
+    if _library_serves(x) and min(map(min, window.padding)) >= 0:
+        return _library_value(x, k, window)
+    return (_value_of_patches if _few_patches(window, x.shape[3]) else _xla_value)(x, k, window)
+
+
+def _image_gradient(g, k, window):
+    # Of stride 1 it is the value for a kernel turned around.
+    turned = tuple(
+        (size - 1 - low, size - 1 - high)
+        for size, (low, high) in zip(window.kernel, window.padding, strict=True)
+    )
+    narrow = k.shape[2] <= 3
+    unit = window.strides == (1, 1)
+    if _library_serves(g) and unit and not narrow and min(map(min, turned)) >= 0:
+        window = _Window(window.output, window.kernel, (1, 1), turned)
+        return _library_value(g, jnp.flip(k, (0, 1)).swapaxes(2, 3), window)
+    form = _value_of_patches if _few_patches(window, k.shape[2]) else _xla_value
+    return _transpose_to_image(form, g, k, window)
+
+
+def _kernel_gradient(x, g, window):
+    if window.strides != (1, 1) or window.kernel == (1, 1) or x.shape[3] <= 3:
+        return _kernel_gradient_of_patches(x, g, window)
+    (height, width), channels, features = window.kernel, x.shape[3], g.shape[3]
+    copies = math.prod(window.image) * (width * channels + height * features) * x.dtype.itemsize
+    if copies * x.shape[0] <= _ROWS_AT_ONCE:
+        return _kernel_gradient_of_rows(x, g, window)
+    return _sum_over_chunks(
+        lambda x, g: _kernel_gradient_of_rows(x, g, window), max(1, _ROWS_CHUNK // copies), x, g
+    )
+
+
+def _few_patches(window, channels):
+    """Returns whether patches are as fast as XLA's own kernels, which are slow in loops.
+
+    Up to 4 copies of each pixel cost about 5 % more than XLA outside of loops: 3x3 of stride 2,
+    1x1, 2x2. For 3x3 of stride 1 it is 9 copies, the memory with it, and whole networks train 1.4
+    times slower; there patches are for one to three channels.
+    """
+    return math.prod(window.kernel) / math.prod(window.strides) <= 4 or channels <= 3
+
+
+# Their forms in plain JAX.
+
+
+def _xla_value(x, k, window):
+    return lax.conv_general_dilated(x, k, window.strides, window.padding, dimension_numbers=_LAYOUT)
+
+
+def _transpose_to_image(form, g, k, window):
+    like = jax.ShapeDtypeStruct((g.shape[0], *window.image, k.shape[2]), g.dtype)
+    return jax.linear_transpose(lambda x: form(x, k, window), like)(g)[0]
+
+
+def _xla_image_gradient(g, k, window):
+    return _transpose_to_image(_xla_value, g, k, window)
+
+
+def _xla_kernel_gradient(x, g, window):
+    like = jax.ShapeDtypeStruct((*window.kernel, x.shape[3], g.shape[3]), g.dtype)
+    return jax.linear_transpose(lambda k: _xla_value(x, k, window), like)(g)[0]
+
+
+def _patches(x, window):
+    """Returns [B, *output, h w C], in the order of a kernel's entries."""
+    x = _pad(x, *window.padding)
+    (rows, columns), (down, across) = window.output, window.strides
+    return jnp.concatenate(
+        [
+            x[:, i : i + down * (rows - 1) + 1 : down, j : j + across * (columns - 1) + 1 : across]
+            for i in range(window.kernel[0])
+            for j in range(window.kernel[1])
+        ],
+        axis=-1,
+    )
+
+
+def _value_of_patches(x, k, window):
+    return _patches(x, window) @ k.reshape(-1, k.shape[3])
+
+
+def _image_gradient_of_patches(g, k, window):
+    return _transpose_to_image(_value_of_patches, g, k, window)
+
+
+def _kernel_gradient_of_patches(x, g, window):
+    channels, features = x.shape[3], g.shape[3]
+    patches = _patches(x, window).reshape(-1, math.prod(window.kernel) * channels)
+    # (outputs^T patches) takes two thirds of the time of (patches^T outputs).
+    product = _contract(g.reshape(-1, features), patches)
+    return product.T.reshape(*window.kernel, channels, features)
+
+
+def _kernel_gradient_of_rows(x, g, window):
+    (height, width), channels, features = window.kernel, x.shape[3], g.shape[3]
+    (top, _), sides = window.padding
+    (rows, columns), num_rows = window.output, x.shape[1]
+    x = _pad(x, (0, 0), sides)
+    x = jnp.concatenate([x[:, :, j : j + columns] for j in range(width)], axis=-1)
+    # Row r of the image meets row r + top - i of the output at row i of the kernel.
+    g = _pad(g, (height - 1 - top, num_rows + top - rows), (0, 0))
+    g = jnp.concatenate(
+        [g[:, height - 1 - i : height - 1 - i + num_rows] for i in range(height)], axis=-1
+    )
+    product = _contract(g.reshape(-1, height * features), x.reshape(-1, width * channels))
+    return product.reshape(height, features, width, channels).transpose(0, 2, 3, 1)
+
+
+def _sum_over_chunks(fn, size, *arrays):
+    """Returns the sum of `fn` over chunks of about `size` examples of `arrays`."""
+    num_examples = arrays[0].shape[0]
+    num_chunks = math.ceil(num_examples / size)
+    size = num_examples // num_chunks
+    whole = size * num_chunks
+    fold = [x[:whole].reshape(num_chunks, size, *x.shape[1:]) for x in arrays]
+    total = lax.map(lambda chunk: fn(*chunk), fold).sum(0)
+    return total + fn(*(x[whole:] for x in arrays)) if whole < num_examples else total
+
+
+def _pad(x, rows, columns):
+    """Returns images with zeros around them; negative amounts cut off."""
+    amounts = ((0, 0), rows, columns, (0, 0))
+    return lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) for low, high in amounts])
+
+
+def _contract(a, b):
+    """Returns a^T b of [K,M] and [K,N]."""
+    if not _library_serves(a):
+        return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
+    # As several products, which run on several cores, as long as each has work to do.
+    (length, rows), columns = a.shape, b.shape[1]
+    enough = max(256, rows * columns / 150)
+    parts = next(n for n in (8, 4, 2, 1) if n == 1 or (length % n == 0 and length / n >= enough))
+    a, b = (x.reshape(parts, length // parts, -1) for x in (a, b))
+    return _library_product(a, b).sum(0)
+
+
+# oneDNN in jaxlib.
+
+
+def _library_serves(x):
+    # XLA cannot write programs with these calls to its cache on disk: it reads invalid memory.
+    cached = jax.config.values["jax_compilation_cache_dir"] is not None
+    return x.dtype == jnp.float32 and not cached and _library_is_there()
+
+
+@functools.cache
+def _library_is_there():
+    """Returns whether this jaxlib reaches oneDNN by a custom call."""
+    machine = platform.system(), platform.machine()
+    if jaxlib.__version__ not in _LIBRARY_TESTED or machine != ("Linux", "x86_64"):
+        return False
+    like = jax.ShapeDtypeStruct((1, 2, 2), jnp.float32)
+    try:
+        jax.jit(_library_product).trace(like, like).lower(lowering_platforms=("cpu",)).compile()
+    except jax.errors.JaxRuntimeError:  # built without it
+        return False
+    return True
+
+
+def _library_value(x, k, window):
+    def data(batch, feature, *spatial):
+        return {"data": {"batch_dim": batch, "feature_dim": feature, "spatial_dims": spatial}}
+
+    low, high = zip(*window.padding, strict=True)
+    layout = {"input_feature_dim": 2, "output_feature_dim": 3, "spatial_dims": (0, 1)}
+    config = {
+        "dims": 4,
+        "input": data(0, 3, 1, 2),
+        "kernel": {"filter": layout},
+        "output": data(0, 3, 1, 2),
+        "window": {
+            "size": window.kernel,
+            "strides": window.strides,
+            "pad_left": low,
+            "pad_right": high,
+            "window_dilations": (1, 1),
+        },
+        "feature_groups": 1,
+    }
+    shape = (x.shape[0], *window.output, k.shape[3])
+    return _library_call("convolution", {"onednn_conv_config": config}, shape, x, k)
+
+
+def _library_product(a, b):
+    """Returns a^T b of [n,K,M] and [n,K,N]: [n,M,N]."""
+    shape = (a.shape[0], a.shape[2], b.shape[2])
+    return _library_call("matmul", {"onednn_matmul_config": {"transpose_a": True}}, shape, a, b)
+
+
+def _library_call(name, config, shape, *operands):
+    return _library_p.bind(*operands, name=name, config=json.dumps(config), shape=shape)
+
+
+def _lower_library_call(ctx, *operands, name, config, shape):
+    del shape
+    call = stablehlo.CustomCallOp(
+        [mlir.aval_to_ir_type(ctx.module_context, ctx.avals_out[0])],
+        operands,
+        call_target_name=ir.StringAttr.get(f"__onednn${name}"),
+        backend_config=ir.StringAttr.get(config),
+        has_side_effect=ir.BoolAttr.get(False),
+        api_version=ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 1),
+    )
+    return call.results
+
+
+_library_p = core.Primitive("convolution_library")
+_library_p.def_abstract_eval(
+    lambda *operands, name, config, shape: operands[0].update(shape=shape, sharding=None)
+)
+mlir.register_lowering(_library_p, _lower_library_call, platform="cpu")
+
+
+# The primitives. Operands and result of each are two of image, kernel and output, and the third.
+
+
+def _value_shape(x, k, window):
+    return (x.shape[0], *window.output, k.shape[3])
+
+
+def _image_shape(g, k, window):
+    return (g.shape[0], *window.image, k.shape[2])
+
+
+def _kernel_shape(x, g, window):
+    return (*window.kernel, x.shape[3], g.shape[3])
+
+
+def _primitive(name, shape, on_cpu, elsewhere, batched, axes):
+    """Returns the primitive of a map.
+
+    Args:
+      shape: the map's shape rule.
+      on_cpu: how one device's CPU computes it.
+      elsewhere: how everything else does.
+      batched: form in plain JAX for many pairs of operands at once.
+      axes: of the first operand, the second and the result: for an operand with an axis of its own
+        under `vmap`, the axis into which that is folded; for the result, where each then ends up.
+    """
+    primitive = core.Primitive(name)
+
+    @functools.partial(jax.jit, static_argnames="window")
+    def apply(a, b, window):
+        return primitive.bind(a, b, window=window)
+
+    def abstract(a, b, *, window):
+        return a.update(shape=shape(a, b, window), weak_type=False)
+
+    def lower_on_cpu(ctx, a, b, *, window):
+        fn = on_cpu if _on_one_device(ctx.module_context.axis_context) else elsewhere
+        lower = mlir.lower_fun(functools.partial(fn, window=window), multiple_results=False)
+        return lower(ctx, a, b)
+
+    def batch(operands, dims, *, window):
+        a, b = operands
+        if None not in dims:
+            a, b = jnp.moveaxis(a, dims[0], 0), jnp.moveaxis(b, dims[1], 0)
+            if _library_serves(a):  # which is fast in loops
+                return lax.map(lambda pair: primitive.bind(*pair, window=window), (a, b)), 0
+            return jax.vmap(functools.partial(batched, window=window))(a, b), 0
+        which = 0 if dims[1] is None else 1
+        count = operands[which].shape[dims[which]]
+        operands = list(operands)
+        operands[which] = _fold(operands[which], dims[which], axes[which][0])
+        return _unfold(primitive.bind(*operands, window=window), axes[which][1], count)
+
+    primitive.def_impl(apply)
+    primitive.def_abstract_eval(abstract)
+    mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=False))
+    mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+def _on_one_device(context):
+    """Returns whether the program, or this part of it, is compiled for one device.
+
+    XLA cannot partition a custom call, nor a loop over chunks of examples that are spread out.
+    """
+    if hasattr(context, "manual_axes"):
+        return set(context.manual_axes) == set(context.mesh.axis_names)
+    return getattr(context, "num_devices", 1) == 1
+
+
+def _fold(x, axis, into):
+    """Returns `x` with `axis` made the major part of the axis `into` of what remains."""
+    x = jnp.moveaxis(x, axis, into)
+    return x.reshape(*x.shape[:into], -1, *x.shape[into + 2 :])
+
+
+def _unfold(x, axis, count):
+    """Undoes `_fold`: returns (x, position of the axis of length `count`)."""
+    return x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :]), axis
+
+
+_BATCH, _IN, _OUT = 0, 2, 3  # axes of images and outputs (channels: 3), and of kernels
+
+_value_p = _primitive(
+    "convolution", _value_shape, _value, _xla_value, _value_of_patches,
+    axes=((_BATCH, _BATCH), (_OUT, 3)),
+)  # fmt: skip
+_image_gradient_p = _primitive(
+    "convolution_to_image", _image_shape, _image_gradient, _xla_image_gradient,
+    _image_gradient_of_patches, axes=((_BATCH, _BATCH), (_IN, 3)),
+)  # fmt: skip
+_kernel_gradient_p = _primitive(
+    "convolution_to_kernel", _kernel_shape, _kernel_gradient, _xla_kernel_gradient,
+    _kernel_gradient_of_patches, axes=((3, _IN), (3, _OUT)),
+)  # fmt: skip
+
+# Each is linear in both operands; what remains when one of them is transposed are the others.
+ad.defbilinear(
+    _value_p,
+    lambda ct, x, k, window: _image_gradient_p.bind(ct, k, window=window),
+    lambda ct, x, k, window: _kernel_gradient_p.bind(x, ct, window=window),
+)
+ad.defbilinear(
+    _image_gradient_p,
+    lambda ct, g, k, window: _value_p.bind(ct, k, window=window),
+    lambda ct, g, k, window: _kernel_gradient_p.bind(ct, g, window=window),
+)
+ad.defbilinear(
+    _kernel_gradient_p,
+    lambda ct, x, g, window: _image_gradient_p.bind(g, ct, window=window),
+    lambda ct, x, g, window: _value_p.bind(x, ct, window=window),
+)

@@ -1,0 +1,285 @@
+"""The convolution for CPU against `jax.lax.conv_general_dilated`: values, products, transforms."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import PartitionSpec as P
+
+from jaxpoison import loops
+from jaxpoison.models import convolution
+
+PLAIN = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
+LAYOUT = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+# Image [B,H,W,C], kernel [h,w,F], strides, padding. With every way in which a map is computed.
+CASES = {
+    "rows": ((3, 6, 5, 4), (3, 3, 5), (1, 1), "SAME"),
+    "rows, no padding": ((2, 7, 8, 4), (5, 3, 6), (1, 1), "VALID"),
+    "rows, more padding than the kernel is wide": ((2, 4, 5, 4), (2, 3, 6), (1, 1), ((2, 1), (0, 3))),
+    "rows, an image smaller than the kernel": ((2, 2, 1, 4), (3, 3, 5), (1, 1), "SAME"),
+    "rows, cut off instead of padded": ((2, 7, 8, 4), (3, 3, 5), (1, 1), ((-1, 0), (1, -2))),
+    "one channel": ((2, 7, 6, 1), (5, 5, 4), (1, 1), "VALID"),
+    "three channels": ((2, 5, 6, 3), (3, 3, 4), (1, 1), "SAME"),
+    "strides": ((2, 7, 6, 4), (3, 3, 5), (2, 2), ((1, 1), (1, 1))),
+    "strides that leave pixels over": ((2, 8, 9, 4), (2, 4, 5), (3, 2), "VALID"),
+    "1x1": ((2, 5, 6, 4), (1, 1, 5), (1, 1), "SAME"),
+    "1x1, strides": ((2, 5, 6, 4), (1, 1, 5), (2, 2), ((0, 0), (0, 0))),
+    "many patches": ((2, 9, 9, 4), (5, 5, 3), (2, 1), "SAME"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(loops, "steps_from_host", lambda: True)
+
+
+@pytest.fixture(params=["library", "no library"])
+def library(request, monkeypatch):
+    if request.param == "no library":
+        monkeypatch.setattr(convolution, "_library_is_there", lambda: False)
+        yield
+        return
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    if not convolution._library_is_there():
+        pytest.skip("this jaxlib does not reach oneDNN, or was not tested with it")
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+
+
+def operands(image, kernel, dtype=jnp.float64):
+    keys = jax.random.split(jax.random.key(sum(image) + sum(kernel)), 2)
+    shapes = image, (*kernel[:2], image[3], kernel[2])
+    return tuple(jax.random.normal(*each).astype(dtype) for each in zip(keys, shapes, strict=True))
+
+
+def ours(x, k, strides=(1, 1), padding="SAME"):
+    return convolution.conv_general_dilated(x, k, strides, padding, **PLAIN, **LAYOUT)
+
+
+def xla(x, k, strides=(1, 1), padding="SAME"):
+    return lax.conv_general_dilated(x, k, strides, padding, **PLAIN, **LAYOUT)
+
+
+def assert_close(got, want, tolerance):
+    """Largest error in units of the largest value, leaf by leaf."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (g.shape, g.dtype) == (w.shape, w.dtype)
+        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+        np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * np.abs(w).max())
+
+
+def products(convolve, point):
+    """Returns value, gradient, and Hessian products in both orders, of a loss of both operands."""
+    direction = jax.tree.map(jnp.cos, point)
+
+    def loss(point):
+        return jnp.sum(jnp.sin(convolve(*point)))
+
+    def slope(point):
+        return jax.jvp(loss, (point,), (direction,))[1]
+
+    def along(point):
+        gradient = jax.grad(loss)(point)
+        return sum(jnp.vdot(g, d) for g, d in zip(gradient, direction, strict=True))
+
+    forward_over_reverse = jax.jvp(jax.grad(loss), (point,), (direction,))
+    return (
+        convolve(*point), forward_over_reverse, jax.grad(slope)(point), jax.grad(along)(point),
+        jax.jvp(jax.grad(slope), (point,), (direction,))[1],  # a third derivative
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@jax.enable_x64(True)
+def test_value_and_products_of_all_orders_equal_xla_in_float64(case):
+    image, kernel, strides, padding = CASES[case]
+    point = operands(image, kernel)
+
+    def of(convolve):
+        return products(lambda x, k: convolve(x, k, strides, padding), point)
+
+    assert_close(jax.jit(of, static_argnums=0)(ours), jax.jit(of, static_argnums=0)(xla), 1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 3e-6), (jnp.bfloat16, 0.03)])
+@pytest.mark.parametrize("case", CASES)
+def test_value_and_gradients_equal_xla_in_lower_precision(library, case, dtype, tolerance):
+    image, kernel, strides, padding = CASES[case]
+    point = operands(image, kernel, dtype)
+
+    def of(convolve, *point):
+        y, transpose = jax.vjp(lambda x, k: convolve(x, k, strides, padding), *point)
+        return y, transpose(jnp.sin(y))
+
+    want = of(xla, *(x.astype(jnp.float32) for x in point))
+    want = jax.tree.map(lambda x: x.astype(dtype), want)
+    assert_close(jax.jit(of, static_argnums=0)(ours, *point), want, tolerance)
+
+
+@pytest.mark.parametrize("num_images", [1, 5, 8, 11])
+@pytest.mark.parametrize("at_once", [0, 10**9])
+def test_gradient_in_chunks_equals_xla_for_any_number_of_images(
+    library, monkeypatch, num_images, at_once
+):
+    monkeypatch.setattr(convolution, "_ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(convolution, "_ROWS_CHUNK", 4 * 4 * 4 * 24 * 4)  # four images
+    x, k = operands((num_images, 4, 4, 4), (3, 3, 4), jnp.float32)
+
+    def gradient(convolve):
+        return jax.jit(jax.grad(lambda k: jnp.sum(jnp.sin(convolve(x, k)))))(k)
+
+    assert_close(gradient(ours), gradient(xla), 3e-6)
+
+
+# Which of image and kernel there are three of, and which axis counts them.
+MAPPED = {"images": (1, None), "kernels": (None, 4), "kernels in front": (None, 0), "both": (0, 2)}
+
+
+@pytest.mark.parametrize("case", ["rows", "strides", "one channel"])
+@pytest.mark.parametrize("mapped", MAPPED)
+def test_vmap_of_value_and_products_equals_one_by_one(library, mapped, case):
+    image, kernel, strides, padding = CASES[case]
+    one = operands(image, kernel, jnp.float32)
+    point = tuple(
+        x if axis is None else jnp.stack([x, 2 * x, jnp.sin(x)], axis)
+        for x, axis in zip(one, MAPPED[mapped], strict=True)
+    )
+
+    def all_products(*point):
+        return products(lambda x, k: ours(x, k, strides, padding), point)
+
+    got = jax.jit(jax.vmap(all_products, MAPPED[mapped]))(*point)
+    singles = [
+        [x if axis is None else jnp.take(x, i, axis) for x, axis in
+         zip(point, MAPPED[mapped], strict=True)] for i in range(3)
+    ]  # fmt: skip
+    want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(map_products(case, s) for s in singles))
+    assert_close(got, want, 1e-5)
+
+
+def map_products(case, point):
+    _, _, strides, padding = CASES[case]
+    return products(lambda x, k: xla(x, k, strides, padding), tuple(point))
+
+
+def test_per_example_gradients_and_their_hessian_products(library):
+    x, k = operands((4, 6, 6, 4), (3, 3, 4), jnp.float32)
+
+    def of(convolve):
+        def loss(k, image):
+            return jnp.sum(jnp.sin(convolve(image[None], k)))
+
+        gradients = jax.vmap(jax.grad(loss), (None, 0))
+        return gradients(k, x), jax.jvp(lambda k: gradients(k, x), (k,), (k,))[1]
+
+    assert_close(jax.jit(of, static_argnums=0)(ours), jax.jit(of, static_argnums=0)(xla), 1e-5)
+
+
+def test_unrolled_training_steps_inside_a_loop_have_xla_s_second_order_gradient(library):
+    x, k = operands((4, 6, 6, 4), (3, 3, 4), jnp.float32)
+    k = 0.1 * k
+
+    def of(convolve):
+        def loss(k, x):
+            return jnp.mean(jnp.sin(convolve(x, k)))
+
+        def after_steps(x):
+            def step(k, scale):
+                return k - scale * jax.grad(loss)(k, x), loss(k, x)
+
+            k_after, losses = lax.scan(step, k, jnp.array([0.5, 0.4, 0.3]))
+            return loss(k_after, x[::-1]) + jnp.sum(losses)
+
+        return jax.value_and_grad(after_steps)(x)
+
+    assert_close(jax.jit(of, static_argnums=0)(ours), jax.jit(of, static_argnums=0)(xla), 1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_over_images_with_the_kernel_on_all_devices(library, check_vma):
+    mesh = jax.make_mesh((8,), ("data",))
+    x, k = operands((16, 6, 6, 4), (3, 3, 4), jnp.float32)
+
+    def loss(convolve, x, k):
+        return jnp.sum(jnp.sin(convolve(x, k)))
+
+    def whole(x, k):
+        return (
+            jax.jvp(functools.partial(loss, xla, x), (k,), (k,)),
+            jax.grad(functools.partial(loss, xla), (0, 1))(x, k),
+            jax.jvp(jax.grad(functools.partial(loss, xla, x)), (k,), (k,))[1],
+        )
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("data"), P()),
+        out_specs=(P(), (P("data"), P()), P()), check_vma=check_vma,
+    )  # fmt: skip
+    def on_devices(x, k):
+        # With checks the kernel's gradient is summed over devices where the kernel is made varying.
+        total = (lambda x: x) if check_vma else functools.partial(lax.psum, axis_name="data")
+        image, kernel = jax.grad(functools.partial(loss, ours), (0, 1))(x, k)
+        product = jax.jvp(jax.grad(functools.partial(loss, ours, x)), (k,), (k,))[1]
+        value = lax.psum(jax.jvp(functools.partial(loss, ours, x), (k,), (k,)), "data")
+        return value, (image, total(kernel)), total(product)
+
+    assert_close(on_devices(x, k), jax.jit(whole)(x, k), 1e-5)
+
+
+def test_program_that_xla_partitions_over_devices(library):
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((8,), ("data",)), P("data"))
+    x, k = operands((16, 6, 6, 4), (3, 3, 4), jnp.float32)
+
+    def of(convolve, x):
+        return products(convolve, (x, k))
+
+    got = jax.jit(of, static_argnums=0)(ours, jax.device_put(x, sharding))
+    assert got[0].sharding.is_equivalent_to(sharding, 4)
+    assert_close(got, jax.jit(of, static_argnums=0)(xla, x), 1e-5)
+
+
+def lowered(fn, *args, platform):
+    return jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_accelerators_get_xla_s_convolutions_and_cpu_none_in_loops(library):
+    x, k = operands((4, 6, 6, 4), (3, 3, 4), jnp.float32)
+
+    def gradients(x, k):
+        return jax.grad(lambda x, k: jnp.sum(jnp.sin(ours(x, k))), (0, 1))(x, k)
+
+    text = lowered(gradients, x, k, platform="cuda")
+    assert text.count("stablehlo.convolution(") == 3
+    assert "custom_call" not in text
+    text = lowered(gradients, x, k, platform="cpu")
+    assert text.count("stablehlo.convolution(") == (0 if convolution._library_is_there() else 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rhs_dilation": (2, 2)}, {"lhs_dilation": (2, 1)}, {"feature_group_count": 2}],
+)
+def test_dilated_and_grouped_convolutions_are_left_to_jax(change):
+    x, k = operands((2, 7, 8, 4), (3, 3, 6), jnp.float32)
+    k = k[:, :, : 4 // change.get("feature_group_count", 1)]
+    settings = PLAIN | change | LAYOUT
+    got = convolution.conv_general_dilated(x, k, (1, 1), "VALID", **settings)
+    np.testing.assert_array_equal(got, lax.conv_general_dilated(x, k, (1, 1), "VALID", **settings))
+
+
+def test_operands_that_do_not_fit_are_refused_as_by_jax():
+    x, k = operands((2, 7, 8, 4), (3, 3, 6), jnp.float32)
+    with pytest.raises(ValueError, match="feature"):
+        ours(x[..., :3], k)
+    with pytest.raises(TypeError, match="dtype"):
+        ours(x.astype(jnp.bfloat16), k)
+    assert ours(x, k, padding=((0, 0), (-4, -4))).shape == (2, 5, 0, 6)
