@@ -70,7 +70,8 @@ def conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs):
     """Convolution of images [B,H,W,C] with a kernel [h,w,C,F]; arguments and value as JAX's.
 
     May be differentiated in any mode and to any order, and put under `jit`, `vmap`, `scan` and
-    `shard_map`. Dilated and grouped convolutions are left to JAX.
+    `shard_map`. Dilated and grouped convolutions are left to JAX, as are
+    operands whose sharding is part of their type.
     """
     plain = {*kwargs["lhs_dilation"], *kwargs["rhs_dilation"], kwargs["feature_group_count"]} == {1}
     fits = (
@@ -78,6 +79,7 @@ def conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs):
         and lhs.shape[3] == rhs.shape[2]
         and lhs.dtype == rhs.dtype
         and jnp.issubdtype(lhs.dtype, jnp.floating)
+        and not any(spec for x in (lhs, rhs) for spec in jax.typeof(x).sharding.spec)
     )
     if loops.steps_from_host() and plain and fits:
         image, kernel, strides = lhs.shape[1:3], rhs.shape[:2], tuple(window_strides)
@@ -143,18 +145,19 @@ def _xla_value(x, k, window):
     return lax.conv_general_dilated(x, k, window.strides, window.padding, dimension_numbers=_LAYOUT)
 
 
-def _transpose_to_image(form, g, k, window):
-    like = jax.ShapeDtypeStruct((g.shape[0], *window.image, k.shape[2]), g.dtype)
-    return jax.linear_transpose(lambda x: form(x, k, window), like)(g)[0]
-
-
 def _xla_image_gradient(g, k, window):
     return _transpose_to_image(_xla_value, g, k, window)
 
 
 def _xla_kernel_gradient(x, g, window):
-    like = jax.ShapeDtypeStruct((*window.kernel, x.shape[3], g.shape[3]), g.dtype)
-    return jax.linear_transpose(lambda k: _xla_value(x, k, window), like)(g)[0]
+    k = jnp.zeros((*window.kernel, x.shape[3], g.shape[3]), g.dtype)
+    return jax.linear_transpose(lambda k: _xla_value(x, k, window), k)(g)[0]
+
+
+def _transpose_to_image(form, g, k, window):
+    x = jnp.zeros((g.shape[0], *window.image, k.shape[2]), g.dtype)
+    x = curvature.device_local(x, g, k)
+    return jax.linear_transpose(lambda x: form(x, k, window), x)(g)[0]
 
 
 def _patches(x, window):
@@ -303,7 +306,7 @@ def _lower_library_call(ctx, *operands, name, config, shape):
 
 _library_p = core.Primitive("convolution_library")
 _library_p.def_abstract_eval(
-    lambda *operands, name, config, shape: operands[0].update(shape=shape, sharding=None)
+    lambda *operands, name, config, shape: jax.core.ShapedArray(shape, operands[0].dtype)
 )
 mlir.register_lowering(_library_p, _lower_library_call, platform="cpu")
 
@@ -343,10 +346,18 @@ def _primitive(name, shape, on_cpu, elsewhere, batched, axes):
     def abstract(a, b, *, window):
         return a.update(shape=shape(a, b, window), weak_type=False)
 
+    def lower_plainly(fn):
+        def lower(ctx, a, b, *, window):
+            # Without the marks of `shard_map`, which have been checked and act no more.
+            avals = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+            plain = mlir.lower_fun(functools.partial(fn, window=window), multiple_results=False)
+            return plain(ctx.replace(avals_in=avals), a, b)
+
+        return lower
+
     def lower_on_cpu(ctx, a, b, *, window):
         fn = on_cpu if _on_one_device(ctx.module_context.axis_context) else elsewhere
-        lower = mlir.lower_fun(functools.partial(fn, window=window), multiple_results=False)
-        return lower(ctx, a, b)
+        return lower_plainly(fn)(ctx, a, b, window=window)
 
     def batch(operands, dims, *, window):
         a, b = operands
@@ -363,7 +374,7 @@ def _primitive(name, shape, on_cpu, elsewhere, batched, axes):
 
     primitive.def_impl(apply)
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=False))
+    mlir.register_lowering(primitive, lower_plainly(elsewhere))
     mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
     batching.primitive_batchers[primitive] = batch
     return primitive
