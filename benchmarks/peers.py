@@ -34,17 +34,10 @@ class Peers:
     """
 
     def __init__(self, options: argparse.Namespace, problem: Problem, direction: Any):
-        self._process = None
         self._folder = Path(tempfile.mkdtemp())
         self.versions: dict[str, str] = {}
-        if not options.peers:
-            return
-        if jax.default_backend() != "cpu":
-            print("peers left out: they run on CPU, and this is another device")
-            return
-        found = subprocess.run([options.peers_python, "-c", "import torch"], capture_output=True)
-        if found.returncode:
-            print(f"peers left out: {options.peers_python} cannot import torch", flush=True)
+        self._worker = None
+        if not available(options):
             return
         leaves = jax.tree_util.tree_leaves_with_path({"p": problem.params, "u": direction})
         arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
@@ -53,22 +46,15 @@ class Peers:
             arrays |= {f"{name} images": np.asarray(images), f"{name} labels": np.asarray(labels)}
         arrays["damping"] = np.asarray(DAMPING)
         np.savez(self._folder / "problem.npz", allow_pickle=False, **arrays)
-        worker = Path(__file__).with_name("peers_worker.py")
-        self._process = subprocess.Popen(
-            [options.peers_python, str(worker), str(self._folder / "problem.npz")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.versions = self._ask(do="versions")
+        self._worker = Worker(options, "peers_worker.py", str(self._folder / "problem.npz"))
+        self.versions = self._worker.ask(do="versions")
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        if self._process:
-            self._process.terminate()
-            self._process.wait()
+        if self._worker:
+            self._worker.end()
         shutil.rmtree(self._folder)
 
     def contenders(
@@ -84,13 +70,13 @@ class Peers:
           **settings: numbers that the task takes.
         """
         found = []
-        for library in LIBRARIES if self._process else ():
-            reply = self._ask(do="prepare", task=task, library=library, settings=settings)
+        for library in LIBRARIES if self._worker else ():
+            reply = self._worker.ask(do="prepare", task=task, library=library, settings=settings)
             if "absent" in reply:
                 print(f"{work}: {library} left out: {reply['absent']}", flush=True)
             for name in reply.get("names", ()):
                 path = self._folder / "answer.npy"
-                reply = self._ask(do="answer", name=name, path=str(path))
+                reply = self._worker.ask(do="answer", name=name, path=str(path))
                 facts, got = reply["facts"], np.load(path)
                 fewer = reply["items"]  # than asked for, where a call would take too long
                 if want is not None and (fewer or got.size == np.size(want)):
@@ -98,7 +84,7 @@ class Peers:
                     facts["difference"] = measure.difference(got, same)
 
                 def sample(repeats, name=name):
-                    return self._ask(do="sample", name=name, repeats=repeats)["seconds"]
+                    return self._worker.ask(do="sample", name=name, repeats=repeats)["seconds"]
 
                 found.append(
                     measure.Contender(
@@ -107,14 +93,46 @@ class Peers:
                 )
         return found
 
-    def _ask(self, **command: Any) -> dict[str, Any]:
-        assert self._process and self._process.stdin and self._process.stdout
+
+class Worker:
+    """A process of PyTorch's interpreter that answers lines of JSON with lines of JSON."""
+
+    def __init__(self, options: argparse.Namespace, script: str, *arguments: str):
+        path = Path(__file__).with_name(script)
+        self._process = subprocess.Popen(
+            [options.peers_python, str(path), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """Returns the answer to a command."""
+        assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith("{"):  # libraries may print too
                 return json.loads(line)
         raise RuntimeError(f"the peers' process ended at {command}; see its error above")
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.terminate()
+        self._process.wait()
+
+
+def available(options: argparse.Namespace) -> bool:
+    """Returns whether PyTorch was asked for and is there, and prints why if it is not."""
+    if not options.peers:
+        return False
+    if jax.default_backend() != "cpu":
+        print("peers left out: they run on CPU, and this is another device")
+        return False
+    found = subprocess.run([options.peers_python, "-c", "import torch"], capture_output=True)
+    if found.returncode:
+        print(f"peers left out: {options.peers_python} cannot import torch", flush=True)
+    return not found.returncode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -87,3 +87,16 @@ def test_filter_overhead(tmp_path):
     assert plain["ratio"] == 1 and verdict["items_per_second"] > 0
     # 5 BatchNorm layers of each width: the first stage has the stem's in place of a shortcut's.
     assert vectors["bytes_per_example"] == 4 * 2 * 2 * (5 + 5 * 2 + 5 * 4 + 5 * 8)
+
+
+def test_train_step(tmp_path):
+    flags = ("--networks", "MNIST CNN", "--batch", "4", "--peers", "--peers-python", "false")
+    result = run(tmp_path, "train_step.py", *TINY, *flags)
+    assert result["peers"] == {}
+    ours, plain = by_work(result, "MNIST CNN, B = 4")
+    # Forward (28 to 24 pixels, 1 to 40 channels; 12 to 8, 40 to 100; linear), to the weights, and
+    # to all activations but the images.
+    first, second, last = 24**2 * 25 * 40, 8**2 * 25 * 40 * 100, 1600 * 10
+    flops = ours["gflops"] * ours["seconds"] * 1e9
+    assert flops == pytest.approx(4 * 2 * (2 * first + 3 * second + 3 * last))
+    assert plain["difference"] < 1e-6

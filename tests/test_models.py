@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpoison import loops, models
+from jaxpoison import models
 from jaxpoison.models import layers
 
 
@@ -62,73 +62,6 @@ def test_logits_are_the_head_applied_to_the_features(model):
     logits = model.apply(variables, images)
     assert logits.shape == (3, model.num_classes)
     np.testing.assert_allclose(logits, features @ head["kernel"] + head["bias"], atol=1e-6)
-
-
-DILATION = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
-LAYOUT = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-
-
-def relative_error(got, want):
-    """Largest error in units of the largest value."""
-    return max(
-        float(jnp.max(jnp.abs(g - w)) / jnp.max(jnp.abs(w)))
-        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-    )
-
-
-@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 1))])
-@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
-@pytest.mark.parametrize("channels", [1, 3, 8])
-@jax.enable_x64(True)
-def test_patches_form_of_the_convolution_equals_xla(monkeypatch, channels, strides, padding):
-    monkeypatch.setattr(loops, "steps_from_host", lambda: True)
-    keys = jax.random.split(jax.random.key(channels), 4)
-    point = (
-        jax.random.normal(keys[0], (2, 7, 8, channels)),
-        jax.random.normal(keys[1], (3, 2, channels, 5)),
-    )
-    direction = jax.tree.map(lambda x, key: jax.random.normal(key, x.shape), point, tuple(keys[2:]))
-
-    def outputs(convolve):
-        def loss(point):
-            return jnp.sum(jnp.sin(convolve(*point, strides, padding, **DILATION, **LAYOUT)))
-
-        value = convolve(*point, strides, padding, **DILATION, **LAYOUT)
-        # The derivative of the gradient along a direction: what a pixel influence needs.
-        gradient, second = jax.jvp(jax.grad(loss), (point,), (direction,))
-        return value, gradient, second
-
-    ours, xla = outputs(layers.conv_general_dilated), outputs(jax.lax.conv_general_dilated)
-    assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, xla)
-    assert relative_error(ours, xla) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("from_host", "channels", "stride", "change", "is_xla"),
-    [
-        (True, 3, 1, {}, False),
-        (False, 3, 1, {}, True),
-        (True, 4, 1, {}, True),
-        (True, 4, 2, {}, False),
-        (False, 4, 2, {}, True),
-        (True, 3, 1, {"rhs_dilation": (2, 2)}, True),
-        (True, 3, 1, {"feature_group_count": 3}, True),
-    ],
-)
-def test_patches_form_is_used_for_few_channels_or_copies_on_cpu_only(
-    monkeypatch, from_host, channels, stride, change, is_xla
-):
-    monkeypatch.setattr(loops, "steps_from_host", lambda: from_host)
-    kernel = jnp.ones((3, 3, channels // change.get("feature_group_count", 1), 6))
-    settings = DILATION | LAYOUT | change
-
-    def convolve(x):
-        return layers.conv_general_dilated(x, kernel, (stride, stride), "SAME", **settings)
-
-    images = pixels(1, 6, 6, channels)
-    assert ("conv_general_dilated" in str(jax.make_jaxpr(convolve)(images))) == is_xla
-    want = jax.lax.conv_general_dilated(images, kernel, (stride, stride), "SAME", **settings)
-    np.testing.assert_allclose(convolve(images), want, rtol=1e-5)
 
 
 def test_bfloat16_body_keeps_parameters_and_logits_in_float32():
