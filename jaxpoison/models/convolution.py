@@ -21,31 +21,26 @@ to 30 times inside a loop. What serves instead:
   the product of the two, [h F, w C], is the gradient: w C + h F copies rather than h w C, and a
   product of more balanced shape.
 
-Milliseconds for 128 images in float32, two cores of a Xeon, medians of 5 to 7 interleaved samples
-while the machine was shared with others (within 30 %); the limit is that of a product of large
-matrices. P: patches, L: library, R: rows, RL: rows with the library's product; -: not measured. What
-is used is marked, with the library there * and without it +.
+Processor time in milliseconds over two cores of a Xeon, for 128 images in float32, medians of 5
+interleaved samples; the limit is that of a product of large matrices. Of each map: XLA's own form
+outside of loops, patches with XLA's product, what is chosen here without the library, and with it.
+5x5 is without padding; the last number of the first column is the stride.
 
-| pixels, channels, kernel, stride | limit | value       | to the image | to the kernel             |
-|                                  |       | XLA   P   L | XLA   P   L  | XLA  P    R    RL         |
-|----------------------------------|-------|-------------|--------------|---------------------------|
-| 32x32, 8 to 8, 3x3               | 0.8   | 6.7+ 29 4.1*| 7.2+ 20 4.3* | 13   38   -+   3.9*       |
-| 32x32, 16 to 16, 3x3             | 2.7   | 6.5+ 57 4.1*| 9.7+ 31 5.3* | 28   67   14+  11*        |
-| 16x16, 16 to 16, 3x3             | 0.7   | 2.0+ 5.8 1.2*| 1.8+ 3.8 1.3*| 7.5  6.7  -+   2.2*      |
-| 16x16, 32 to 32, 3x3             | 2.7   | 7.4+ 29 4.1*| 7.7+ 17 4.5* | 24   33   11+  5.6*       |
-| 8x8, 64 to 64, 3x3               | 2.5   | 5.1+ 7.0 2.2*| 4.8+ 5.1 3.6*| 15   19   -+   4.8*      |
-| 4x4, 128 to 128, 3x3             | 2.6   | 4.0+ 4.7 2.7*| 4.1+ 4.0 3.0*| 4.4  5.7  -+   4.5*      |
-| 32x32, 64 to 64, 3x3             | 50    | 148+ 268 100*| 148+ 188 89* | 377  444  210+ 133*      |
-| 32x32, 3 to 16, 3x3              | 0.6   | 5.8 7.2+ 1.9*| 12 3.6+* 4.4 | 7.7  17+* -    -         |
-| 32x32, 16 to 32, 3x3, 2          | 1.1   | 4.7 13+ 2.9*| 9.1 3.6+* 8.3| 14   18+* -    -          |
-| 16x16, 32 to 64, 3x3, 2          | 1.4   | 3.6 4.1+ 2.3*| 3.7 2.4+* 7.0| 9.1  4.9+* -   -         |
-| 32x32, 64 to 128, 3x3, 2         | 21    | 70  87+ 28* | 99  66+* 94  | 140  99+* -    -          |
-| 32x32, 16 to 32, 1x1, 2          | 0.2   | 2.2 1.0+ 1.2*| 2.9 2.4+* 5.6| 10   2.1+* -   -         |
-| 28x28, 1 to 40, 5x5, no padding  | 0.8   | 4.8 7.0+ 2.0*| 17  5.5+* 12 | 21   11+* -    -         |
-| 12x12, 40 to 100, 5x5, no padding| 15    | 30+ 61 18*  | 38+ 32 25*   | 52   70   -+   -*         |
-
-The patches' gradient to the kernel is measured with XLA's product; with the library's it is 1.3 to
-2.5 times faster.
+| pixels, channels, kernel, stride | limit | value | to the image | to the kernel |
+|---|---|---|---|---|
+| 32x32, 8 to 8, 3x3, 1 | 0.6 | 3.6, 20.9, 4.7, 1.6 | 3.5, 13.1, 3.6, 1.5 | 6.7, 22.6, 5.9, 4.3 |
+| 32x32, 16 to 16, 3x3, 1 | 2.6 | 5.0, 44.7, 5.2, 2.7 | 5.0, 25.8, 6.0, 2.8 | 15.3, 47.3, 11.3, 9.0 |
+| 16x16, 16 to 16, 3x3, 1 | 0.6 | 1.4, 5.1, 1.7, 0.8 | 1.3, 2.9, 1.4, 0.7 | 2.7, 11.3, 3.7, 2.7 |
+| 16x16, 32 to 32, 3x3, 1 | 2.6 | 2.7, 22.2, 2.7, 2.2 | 2.6, 13.4, 3.0, 2.2 | 11.0, 25.2, 7.4, 5.5 |
+| 8x8, 64 to 64, 3x3, 1 | 2.5 | 2.6, 6.8, 2.5, 1.9 | 2.6, 4.2, 2.5, 1.9 | 7.2, 16.5, 6.0, 5.4 |
+| 4x4, 128 to 128, 3x3, 1 | 2.6 | 3.2, 4.4, 2.9, 1.9 | 2.8, 3.1, 3.0, 1.9 | 3.5, 6.1, 3.9, 3.4 |
+| 32x32, 64 to 64, 3x3, 1 | 42.5 | 53.9, 213.9, 76.2, 49.7 | 74.4, 162.8, 60.2, 40.0 | 384.0, 275.5, 109.8, 78.5 |
+| 32x32, 3 to 16, 3x3, 1 | 0.7 | 4.7, 7.0, 7.4, 1.4 | 8.0, 4.3, 3.2, 3.9 | 6.1, 8.0, 8.1, 7.2 |
+| 32x32, 16 to 32, 3x3, 2 | 1.4 | 2.6, 13.5, 14.1, 1.9 | 5.9, 4.1, 4.1, 4.0 | 9.5, 15.6, 15.7, 14.4 |
+| 16x16, 32 to 64, 3x3, 2 | 2.0 | 2.5, 5.3, 4.8, 1.9 | 3.9, 3.3, 3.1, 3.1 | 6.4, 6.1, 5.6, 4.3 |
+| 32x32, 64 to 128, 3x3, 2 | 20.3 | 32.4, 80.5, 86.2, 21.5 | 54.9, 52.3, 57.4, 55.0 | 138.2, 90.5, 89.8, 77.4 |
+| 32x32, 16 to 32, 1x1, 2 | 0.2 | 1.0, 0.8, 0.8, 1.0 | 1.6, 1.3, 1.1, 1.0 | 5.0, 1.1, 1.0, 0.9 |
+| 28x28, 1 to 40, 5x5, 1 | 0.7 | 1.8, 4.9, 4.3, 1.8 | 13.5, 3.0, 3.0, 3.0 | 10.9, 4.8, 4.5, 4.5 |
 """
 
 import functools
