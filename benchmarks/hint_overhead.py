@@ -24,7 +24,8 @@ import jax
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import run
 
-from jaxpoison import data, defenses, models, parallel, training
+from jaxpoison import data, defenses, models, training
+from jaxpoison.core import devices
 
 EPOCHS, UPDATES = 80, 3  # of the paper, for CIFAR-10
 PARTS = ("features", "solve", "scores", "pixel_maps")
@@ -81,7 +82,7 @@ def main() -> None:
 
 def noise_seconds(defense: defenses.Defense, train: data.Dataset) -> float:
     """Returns the median time of adding the noise, as HINT does before each epoch."""
-    train = parallel.replicate(train, parallel.data_mesh())
+    train = devices.replicate(train, devices.data_mesh())
     state = defense.init(jax.random.key(0), train)
     seconds = []
     for _ in range(6):

@@ -22,6 +22,7 @@ import peers
 import problem as problems
 
 from jaxpoison import curvature, influence, solvers
+from jaxpoison.core import batches
 
 LISSA_STEPS, LISSA_SCALE = 20, 50.0
 
@@ -158,7 +159,7 @@ def conjugate_gradients_head(problem, options, others) -> list[measure.Contender
 def with_features(problem, options, batch):
     """Returns (features, labels); a chunk at a time, which stays in the caches of a CPU."""
     images, labels = batch
-    return curvature.map_chunks(problem.features, images, options.chunk_size), labels
+    return batches.map_chunks(problem.features, images, options.chunk_size), labels
 
 
 def lissa(problem, options, others) -> list[measure.Contender]:

@@ -31,9 +31,10 @@ import transfer_verdicts
 from transfer_filter import Bench, Work, draw_trials, reopened
 from transfer_setting import first_of_each_class, read
 
-from jaxpoison import attacks, filters, loops
+from jaxpoison import evaluation, filters
 from jaxpoison.attacks import feature_space
-from jaxpoison.attacks.targeted import quantise
+from jaxpoison.attacks.trials import quantise
+from jaxpoison.core import loops
 from jaxpoison.data import to_float
 
 LAMBDAS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -184,7 +185,7 @@ def judge(work: Work, bench: Bench, trials, images, gamma: str) -> dict[str, Any
                 gamma,
             )[0]
         )
-    outcome = attacks.transfer_outcome(
+    outcome = evaluation.transfer_outcome(
         jax.random.key(config.seed), bench.victim, poisoned * len(flagged), sets.test,
         keep=~np.concatenate([*flagged.values()]),
     )  # fmt: skip
@@ -212,7 +213,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     ever = {name: np.any([row["taken"][name] for row in rows], axis=0) for name in FILTERS}
     best = {}
     for name, hits in ever.items():
-        low, high = attacks.wilson(int(hits.sum()), len(hits))
+        low, high = evaluation.wilson(int(hits.sum()), len(hits))
         best[name] = f"{hits.sum()}/{len(hits)} [{100 * low:.0f}, {100 * high:.0f}] %"
     lines.append(
         f"| the best for each target | - | {best['none']} | - | {best['dataset']} | - | "

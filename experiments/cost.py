@@ -29,12 +29,13 @@ import study
 import tables
 import untargeted
 
-from jaxpoison import data, loops, parallel
+from jaxpoison import data
+from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, Splits
 from jaxpoison.defenses import Defense
 from jaxpoison.models import Classifier
 from jaxpoison.training import init_state
-from jaxpoison.training.fit import epoch_order, train_step
+from jaxpoison.training._fit import epoch_order, train_step
 from jaxpoison.training.recipe import optimizer as optimizer_of
 from jaxpoison.training.recipe import steps_per_epoch
 
@@ -142,15 +143,15 @@ class Clock:
         train: Dataset,
         events: tuple[int, ...],
     ):
-        recipe, self.mesh = settings.recipe, parallel.data_mesh()
+        recipe, self.mesh = settings.recipe, devices.data_mesh()
         self.defense, self.events, self.batch_size = defense, events, recipe.batch_size
         self.last_epoch = recipe.epochs - 1  # nothing is updated or selected before this one
-        self.train = parallel.replicate(train, self.mesh)
+        self.train = devices.replicate(train, self.mesh)
         most = defense.size(len(train.labels))
         optimizer = optimizer_of(recipe, steps_per_epoch(recipe, most))
         init_key, self.key, defense_key = jax.random.split(jax.random.key(0), 3)
         state = init_state(model, optimizer, init_key, train.images.shape[1:])
-        self.state = parallel.replicate(state, self.mesh)
+        self.state = devices.replicate(state, self.mesh)
         self.defense_state = defense.init(defense_key, self.train)
         self.run_steps = loops.scan(
             train_step(model, recipe, optimizer, self.mesh, on_batch=defense.on_batch)
@@ -178,7 +179,7 @@ class Clock:
         self.defense_state, dataset, _ = self.defense.on_epoch(
             self.defense_state, epoch, self.state, self.train
         )
-        self.defense_state, dataset = parallel.replicate((self.defense_state, dataset), self.mesh)
+        self.defense_state, dataset = devices.replicate((self.defense_state, dataset), self.mesh)
         jax.block_until_ready((self.defense_state, dataset))
         return time.perf_counter() - start, dataset
 

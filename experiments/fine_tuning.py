@@ -31,13 +31,14 @@ import transfer_verdicts
 from transfer_filter import Bench, Work, crafted, draw_trials, reopened
 from transfer_setting import attack_of, first_of_each_class, read
 
-from jaxpoison import attacks, defenses, parallel, training
+from jaxpoison import attacks, defenses, training
 from jaxpoison.attacks import PoisonedDataset, TargetedAttack, Victim
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense
-from jaxpoison.defenses.base import keep_batch, select
 from jaxpoison.filters import ContaminationWarning
 from jaxpoison.training import Recipe, Transfer
+from jaxpoison.training.hooks import keep_batch, select
 
 ATTACKS = ("bp", "gm")
 FROZEN_EXTRACTOR = 0
@@ -188,7 +189,7 @@ def tuned(
     """Returns what becomes of all trials: successes, accuracy, and what the filter would find."""
     config, sets, model = work.config, work.sets, bench.victim.model
     trusted = first_of_each_class(sets.trusted, config.trusted_per_class)
-    predict = training.evaluator(model, mesh=parallel.data_mesh())
+    predict = training.evaluator(model, mesh=devices.data_mesh())
     seen: dict[int, list[tuple[np.floating, ...]]] = {epoch: [] for epoch in looks(recipe)}
     successes, accuracies = 0, []
     for one in poisoned:

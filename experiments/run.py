@@ -1,6 +1,6 @@
 """A run's folder: its configuration, its metrics, its results, and progress on the terminal.
 
-Of several processes, the main one alone writes, reads and prints; see `jaxpoison.parallel`.
+Of several processes, the main one alone writes, reads and prints; see `jaxpoison.core.devices`.
 
 config.json     the configuration, written first; another one in the same folder is an error
 metrics.jsonl   one line per epoch of each cell; lines after a resumed checkpoint are replaced
@@ -24,8 +24,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxpoison import parallel
-from jaxpoison.training.checkpoints import check_writable
+from jaxpoison.core import hosts
+from jaxpoison.core.files import check_writable, write_text
 
 
 class Run:
@@ -40,10 +40,10 @@ class Run:
     def __init__(self, folder: Path, config: dict[str, Any]):
         self.folder = Path(folder)
         self.config = json.loads(json.dumps(config, default=str))
-        main_config = parallel.on_main(lambda: self.config)
-        parallel.on_all(lambda: self._compare(main_config))
-        parallel.on_main(self._open)
-        parallel.check_shared(self.folder)
+        main_config = hosts.on_main(lambda: self.config)
+        hosts.on_all(lambda: self._compare(main_config))
+        hosts.on_main(self._open)
+        hosts.check_shared(self.folder)
         if jax.config.values["jax_compilation_cache_dir"] is None:
             jax.config.update("jax_compilation_cache_dir", str(self.folder.absolute() / "compiled"))
 
@@ -73,11 +73,11 @@ class Run:
     def finished(self, cell: str) -> dict[str, Any] | None:
         """Returns what `finish` wrote for this cell, None if it has not finished."""
         path = self.folder / "cells" / f"{cell}.json"
-        return parallel.on_main(lambda: json.loads(path.read_text()) if path.exists() else None)
+        return hosts.on_main(lambda: json.loads(path.read_text()) if path.exists() else None)
 
     def finish(self, cell: str, row: dict[str, Any]) -> None:
         """Records a cell as done."""
-        parallel.on_main(lambda: write_json(self.folder / "cells" / f"{cell}.json", row))
+        hosts.on_main(lambda: write_json(self.folder / "cells" / f"{cell}.json", row))
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns what `finish` wrote, for all cells that this folder holds."""
@@ -85,11 +85,11 @@ class Run:
         def read():
             return [json.loads(path.read_text()) for path in (self.folder / "cells").glob("*.json")]
 
-        return parallel.on_main(read)
+        return hosts.on_main(read)
 
     def log(self, cell: str, epoch: int, metrics: dict[str, float]) -> None:
         """Appends a line of metrics; replaces what a killed run logged from this epoch on."""
-        if not parallel.is_main():  # they need not wait
+        if not hosts.is_main():  # they need not wait
             return
         path = self.folder / "metrics.jsonl"
         lines = [json.loads(line) for line in _whole_lines(path)]
@@ -100,7 +100,7 @@ class Run:
                 file.write(json.dumps(entry) + "\n")
         else:
             text = "".join(json.dumps(line) + "\n" for line in [*kept, entry])
-            _replace(path, text)
+            write_text(path, text)
 
     def metrics(self, cell: str) -> list[dict[str, float]]:
         """Returns the logged lines of a cell, in order of epochs."""
@@ -109,7 +109,7 @@ class Run:
             lines = map(json.loads, _whole_lines(self.folder / "metrics.jsonl"))
             return [line for line in lines if line["cell"] == cell]
 
-        return parallel.on_main(read)
+        return hosts.on_main(read)
 
     def write_result(self, rows: list[dict[str, Any]], table: str, **more: Any) -> None:
         """Writes result.json, and table.md."""
@@ -117,9 +117,9 @@ class Run:
 
         def write():
             write_json(self.folder / "result.json", result)
-            _replace(self.folder / "table.md", table)
+            write_text(self.folder / "table.md", table)
 
-        parallel.on_main(write)
+        hosts.on_main(write)
 
 
 def require_no_errors(rows: dict[str, dict[str, Any]]) -> None:
@@ -137,7 +137,7 @@ class Meter:
     """Progress over all epochs of a run: a bar on a terminal, a line per epoch elsewhere."""
 
     def __init__(self, total: int):
-        self.console = Console(quiet=not parallel.is_main())
+        self.console = Console(quiet=not hosts.is_main())
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -194,7 +194,7 @@ def succeeded(row: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
 
 def say(text: str) -> None:
     """Prints a line, in the main process."""
-    if parallel.is_main():
+    if hosts.is_main():
         print(text, flush=True)
 
 
@@ -206,7 +206,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
-        "processes": parallel.process_count(),
+        "processes": hosts.process_count(),
         "cpu_cores": os.cpu_count(),
         "commit": _commit(),
     }
@@ -214,17 +214,11 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON; the file appears whole or not at all."""
-    _replace(path, json.dumps(value, indent=1, default=str) + "\n")
+    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def _listing(config, names):
     return ", ".join(f"{name}: {config.get(name)!r}" for name in names)
-
-
-def _replace(path, text):
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
 
 
 def _whole_lines(path):

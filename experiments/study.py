@@ -25,8 +25,9 @@ import run
 import tables
 import tyro
 
-from jaxpoison import attacks, data, defenses, loops, models, parallel, training
+from jaxpoison import attacks, data, defenses, models, training
 from jaxpoison.attacks import DeepConfuseConfig
+from jaxpoison.core import devices, hosts, loops
 from jaxpoison.data import Dataset, Splits, to_float
 from jaxpoison.defenses import (
     Defense,
@@ -260,7 +261,7 @@ def main(
     by_hand = options.coordinator, options.num_processes, options.process_id
     joined = contextlib.nullcontext()
     if options.distributed or by_hand != (None, None, None):
-        joined = parallel.processes(*by_hand)
+        joined = hosts.processes(*by_hand)
     try:
         with joined:
             # Only now may the devices be asked for.
@@ -301,7 +302,7 @@ def study(config: Config) -> None:
                 if cell != Cell(cell.seed, 0.0, "none") and run.succeeded(row):
                     # FRIENDS keeps 600 MB for CIFAR-10; of the clean network poisons are crafted.
                     folder = checkpoint_folder(work, cell)
-                    parallel.on_main(functools.partial(shutil.rmtree, folder))
+                    hosts.on_main(functools.partial(shutil.rmtree, folder))
             work.done += budgets[cell]
     rows = sorted(output.rows(), key=tables.place)  # those of earlier runs in this folder, too
     attack = f"{' + '.join(config.attacks).upper()} within ±{255 * config.epsilon:.3g}/255"
@@ -359,7 +360,7 @@ def train_cell(work: Work, cell: Cell) -> dict[str, Any]:
     save_predictions(work, cell, state)
     if cell.defense == "hint" and cell.poison_ratio > 0:
         path = work.output.folder / NOISE_PICTURE
-        if not parallel.on_main(path.exists):
+        if not hosts.on_main(path.exists):
             draw_noise(work, cell, path)
     history = work.output.metrics(cell.name)
     return {
@@ -424,14 +425,14 @@ def save_predictions(work: Work, cell: Cell, state: TrainState) -> None:
             path, labels=labels.astype(np.uint8), confidences=confidences.astype(np.float16)
         )
 
-    parallel.on_main(save)
+    hosts.on_main(save)
 
 
 def probabilities(model: models.Classifier, variables: Any, images: Any) -> np.ndarray:
     """Returns the share that a network gives to each class, float32 [N, K], on the host."""
-    mesh = parallel.data_mesh()
+    mesh = devices.data_mesh()
     predict = predictor(cast(Hashable, model), mesh)
-    return parallel.to_host(predict(variables, parallel.replicate(images, mesh)))
+    return devices.to_host(predict(variables, devices.replicate(images, mesh)))
 
 
 @functools.lru_cache(maxsize=1)  # one function for all cells, so that it is compiled once
@@ -461,7 +462,7 @@ def pictures(work: Work, rows: list[dict[str, Any]]) -> None:
     if len({cell.poison_ratio for cell in cells}) > 2:
         curves = tables.curves(rows, work.config.dataset)
         path = work.output.folder / "accuracy.png"
-        parallel.on_main(lambda: figures.accuracy(path, curves))
+        hosts.on_main(lambda: figures.accuracy(path, curves))
 
 
 def draw_predictions(work: Work, cells: list[Cell]) -> None:
@@ -487,13 +488,13 @@ def draw_predictions(work: Work, cells: list[Cell]) -> None:
             title=f"Test images, and what networks trained at p = {cells[0].poison_ratio:g} see",
         )
 
-    parallel.on_main(write)
+    hosts.on_main(write)
 
 
 def poisons(work: Work, cell: Cell) -> attacks.PoisonedDataset:
     """Returns the poisoned set of a cell, crafted now unless its archive is there."""
     path = work.output.folder / "poisons" / f"seed{cell.seed}-p{cell.poison_ratio:g}.npz"
-    if not parallel.on_main(path.exists):
+    if not hosts.on_main(path.exists):
         config, splits = work.config, load(work.config, cell.seed)
         state = fit(work, Cell(cell.seed, 0.0, "none"), splits.train, config.recipe)
 
@@ -515,8 +516,8 @@ def poisons(work: Work, cell: Cell) -> attacks.PoisonedDataset:
             path.parent.mkdir(exist_ok=True)
             attacks.save(path, poisoned)
 
-        parallel.on_main(save)
-    return parallel.on_all(lambda: attacks.load(path, num_classes=work.model.num_classes))
+        hosts.on_main(save)
+    return hosts.on_all(lambda: attacks.load(path, num_classes=work.model.num_classes))
 
 
 def draw_noise(work: Work, cell: Cell, picture: Path) -> None:
@@ -525,7 +526,7 @@ def draw_noise(work: Work, cell: Cell, picture: Path) -> None:
     defense = defense_of(work.config, work.model, splits, cell)
     state = fit(work, cell, train, work.config.recipe)
     checkpoints = checkpoints_of(work, cell)
-    like = (state, defense.init(jax.random.key(0), parallel.replicate(train, parallel.data_mesh())))
+    like = (state, defense.init(jax.random.key(0), devices.replicate(train, devices.data_mesh())))
     _, (state, (_, chosen, noise)) = checkpoints.restore(like)
     checkpoints.close()
     strongest = jnp.argsort(-jnp.mean(jnp.abs(noise), axis=(1, 2, 3)))[:8]
@@ -533,12 +534,11 @@ def draw_noise(work: Work, cell: Cell, picture: Path) -> None:
     received = Dataset(np.asarray(to_float(train.images[rows])), train.labels[rows])
     added = np.asarray(noise[strongest])
     perturbed = np.clip(received.images + added, 0, 1)
-    predict = training.evaluator(work.model, mesh=parallel.data_mesh())
+    predict = training.evaluator(work.model, mesh=devices.data_mesh())
     before, after = (
-        parallel.to_host(predict(state.variables, images))
-        for images in (received.images, perturbed)
+        devices.to_host(predict(state.variables, images)) for images in (received.images, perturbed)
     )
-    parallel.on_main(
+    hosts.on_main(
         lambda: figures.healthy_noise(
             picture,
             received,
@@ -557,7 +557,7 @@ def load(config: Common, seed: int) -> Splits:
     if config.data == "embedded":
         splits = data.load_embedded(config.dataset, seed=seed)
     else:
-        splits = parallel.on_all(
+        splits = hosts.on_all(
             lambda: data.load(config.dataset, data_dir=config.data_dir, seed=seed)
         )
     sizes = {
@@ -584,7 +584,7 @@ def build_model(config: Common) -> models.Classifier:
 def trusted_recipe(config: Config, num_trusted: int) -> Recipe:
     """Returns the recipe for the trusted images alone: same schedule, stretched."""
     stretch = config.trusted_epochs / config.recipe.epochs
-    num_devices = parallel.data_mesh().size
+    num_devices = devices.data_mesh().size
     return dataclasses.replace(
         config.recipe,
         epochs=config.trusted_epochs,
@@ -602,7 +602,7 @@ def check(config: Config, model: models.Classifier) -> None:
             raise ValueError(f"poison ratios p must be in [0, 1], not {ratio}")
     if not config.attacks and any(config.poison_ratios):
         raise ValueError("name at least one attack, or only the poison ratio 0")
-    parallel.check_divisible(config.recipe.batch_size, parallel.data_mesh())
+    devices.check_divisible(config.recipe.batch_size, devices.data_mesh())
     for name in config.attacks:
         ATTACKS[name](config)
     splits = load(config, config.seeds[0])

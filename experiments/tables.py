@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxpoison import attacks
+from jaxpoison import evaluation
 
 ROOT = Path(__file__).parents[1]
 PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
@@ -306,7 +306,7 @@ def success(group: Rows) -> str:
     if not ran:
         return FAILED if group else NOT_RUN
     hits = sum(bool(row["success"]) for row in ran)
-    low, high = attacks.wilson(hits, len(ran))
+    low, high = evaluation.wilson(hits, len(ran))
     missing = f" ({len(group) - len(ran)} failed)" if len(ran) < len(group) else ""
     return f"{hits} of {len(ran)} [{100 * low:.0f}, {100 * high:.0f}] %{missing}"
 

@@ -42,8 +42,9 @@ import study
 import tables
 import untargeted
 
-from jaxpoison import attacks, models, parallel, training
+from jaxpoison import attacks, evaluation, models, training
 from jaxpoison.attacks import MetaPoisonConfig, PoisonedDataset, TargetedAttack, Trials, Victim
+from jaxpoison.core import devices, hosts
 from jaxpoison.data import Dataset, Splits
 from jaxpoison.defenses import Defense, EpicConfig, FatConfig, FriendsConfig, HintConfig
 from jaxpoison.training import CIFAR10, Checkpoints
@@ -142,7 +143,7 @@ def experiment(config: Config) -> None:
     table = f"{gate(rows)}\n\n{tables.table_III(written).markdown()}"
     run.say(table)
     output.write_result(rows, table, **result)
-    parallel.on_main(lambda: draw_targets(work, rows))
+    hosts.on_main(lambda: draw_targets(work, rows))
     run.require_no_errors({row["cell"]: row for row in asked})
 
 
@@ -270,7 +271,7 @@ def victim(work: Work, label: str, target_number: int, defense: Defense) -> dict
         )
 
     started = time.perf_counter()
-    outcome = attacks.scratch_outcome(
+    outcome = evaluation.scratch_outcome(
         work.config.key(VICTIM), work.model, work.config.recipe, [poisoned], work.splits.test,
         defense=defense, report=report,
     )  # fmt: skip
@@ -289,7 +290,7 @@ def victim(work: Work, label: str, target_number: int, defense: Defense) -> dict
 def poisons(work: Work, target: int) -> PoisonedDataset:
     """Returns the poisoned set of a target from its archive, crafted first if that is missing."""
     config, path = work.config, archive(work, target)
-    if not parallel.on_main(path.exists):
+    if not hosts.on_main(path.exists):
         surrogates = [surrogate(work, number) for number in range(config.surrogates)]
         trials = draw(work, surrogates[0])
         # MetaPoison's own surrogates are trained for all trials at once.
@@ -319,8 +320,8 @@ def poisons(work: Work, target: int) -> PoisonedDataset:
                 one = one._replace(config=one.config | source)
                 attacks.save(archive(work, number), one, as_uint8=True)
 
-        parallel.on_main(save)
-    return parallel.on_all(lambda: attacks.load(path, num_classes=work.model.num_classes))
+        hosts.on_main(save)
+    return hosts.on_all(lambda: attacks.load(path, num_classes=work.model.num_classes))
 
 
 def archive(work: Work, target: int) -> Path:
@@ -399,7 +400,7 @@ def check(config: Config, model: models.Classifier, splits: Splits) -> None:
         raise ValueError(
             f"{config.num_targets} targets, but there are {len(splits.test.labels)} test images"
         )
-    parallel.check_divisible(config.recipe.batch_size, parallel.data_mesh())
+    devices.check_divisible(config.recipe.batch_size, devices.data_mesh())
     attack_of(config)
     study.check_defenses(config, config.defenses, model, splits)
 

@@ -49,7 +49,7 @@ from transfer_setting import (
     require_sensible,
 )
 
-from jaxpoison import attacks, training
+from jaxpoison import attacks, evaluation, training
 from jaxpoison.attacks import PoisonedDataset, Victim
 from jaxpoison.data import Dataset, catalogue
 from jaxpoison.defenses import chain, characteristic_filter, hint, none
@@ -272,7 +272,7 @@ def judge(work: Work, bench: Bench, cell: Cell) -> dict[str, Any]:
         return row
     config, sets, key = work.config, work.sets, jax.random.key(work.config.seed)
     poisoned = poisons(work, bench, cell)
-    outcome = attacks.transfer_outcome(key, bench.victim, poisoned, sets.test)
+    outcome = evaluation.transfer_outcome(key, bench.victim, poisoned, sets.test)
     successes = int(outcome.success.sum())
     row = {
         **dataclasses.asdict(cell),
@@ -292,7 +292,7 @@ def judge(work: Work, bench: Bench, cell: Cell) -> dict[str, Any]:
         trusted = first_of_each_class(sets.trusted, config.trusted_per_class)
         view = transfer_verdicts.view(bench.victim, sets.train, poisoned, trusted)
         verdicts = transfer_verdicts.verdicts(view)
-        after = attacks.transfer_outcome(
+        after = evaluation.transfer_outcome(
             key, bench.victim, poisoned * len(verdicts), sets.test,
             keep=~np.concatenate([verdict.flagged for verdict in verdicts.values()]),
         )  # fmt: skip

@@ -7,21 +7,20 @@ from typing import Any
 import numpy as np
 
 from jaxpoison.attacks import PoisonedDataset, Target, Trials
+from jaxpoison.core.files import replacing
 from jaxpoison.data import Dataset
 
 
 def save(path: Path, poisoned: list[PoisonedDataset], trials: Trials) -> None:
     """Writes images uint8 [T, P, H, W, C], their rows and targets; whole or not at all."""
     path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
+    with replacing(path) as file:
         np.savez_compressed(
             file,
             images=np.stack([one.images[one.is_poisoned] for one in poisoned]),
             config=np.array(json.dumps([one.config for one in poisoned])),
             **trials._asdict(),
         )
-    unfinished.replace(path)
 
 
 def load(path: Path, train: Dataset, trials: Trials) -> list[PoisonedDataset]:

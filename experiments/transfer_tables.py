@@ -12,7 +12,7 @@ from typing import Any
 from tables import PAPER as HINT_PAPER
 from transfer_verdicts import DATASET, LATE, TRUSTED
 
-from jaxpoison import attacks
+from jaxpoison import evaluation
 
 PAPER = json.loads(Path(__file__).with_name("paper_charvec.json").read_text())
 ATTACKS = {
@@ -141,7 +141,7 @@ def _undefended(group):
 
 
 def _interval(successes, trials):
-    low, high = attacks.wilson(successes, trials)
+    low, high = evaluation.wilson(successes, trials)
     return f"[{100 * low:.0f}, {100 * high:.0f}] %"
 
 

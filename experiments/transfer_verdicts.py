@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from jaxpoison import filters, loops, parallel, training
-from jaxpoison.attacks import Outcome, PoisonedDataset, Victim
+from jaxpoison import filters, training
+from jaxpoison.attacks import PoisonedDataset, Victim
+from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, to_float
+from jaxpoison.evaluation import Outcome
 from jaxpoison.filters import CharVec
 
 DATASET, TRUSTED = "characteristic vectors", "characteristic vectors, trusted"
@@ -78,9 +80,9 @@ def view(victim: Victim, clean: Dataset, poisoned: list[PoisonedDataset], truste
 
 def extract(victim: Victim, images: np.ndarray) -> CharVec:
     """Returns the characteristic vectors of images, uint8 or float32 in [0, 1], [N, H, W, C]."""
-    mesh = parallel.data_mesh()
+    mesh = devices.data_mesh()
     run = _extractor(cast(Hashable, victim.model), mesh)
-    return run(*parallel.replicate((victim.variables, images), mesh))
+    return run(*devices.replicate((victim.variables, images), mesh))
 
 
 @functools.lru_cache(maxsize=16)  # a function of its own would be compiled anew at each call

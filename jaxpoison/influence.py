@@ -29,7 +29,11 @@ from jax import lax
 
 from jaxpoison import curvature as curvatures
 from jaxpoison import solvers
-from jaxpoison.curvature import AxisName, Batch, Curvature, LossFn, Params
+from jaxpoison.core import batches, spmd, trees
+from jaxpoison.core.batches import Batch, LossFn
+from jaxpoison.core.spmd import AxisName
+from jaxpoison.core.trees import Params
+from jaxpoison.curvature import Curvature
 
 
 def group_ihvp(
@@ -77,7 +81,7 @@ def group_ihvp(
         another shape, negative or all zero, chunk_size < 1, or a random solver without a key.
       TypeError: for parameters that are not floating point.
     """
-    curvatures.count_examples(train, "train")
+    batches.count_examples(train, "train")
     rhs = group_gradient(
         loss_fn, params, group, weights=group_weights, chunk_size=chunk_size, axis_name=axis_name
     )
@@ -93,8 +97,8 @@ def group_ihvp(
     solution = solver(matvec, rhs, sample=sample, key=key)
     # Equal on all devices already. Averaging makes its cotangents equal too, as the transposed
     # solve needs where nobody checks them (`pmap`): its products are means over devices.
-    value = curvatures.device_local(solution.value, axis_name=axis_name)
-    return solution._replace(value=curvatures.mean_over_devices(value, axis_name))
+    value = spmd.device_local(solution.value, axis_name=axis_name)
+    return solution._replace(value=spmd.mean_over_devices(value, axis_name))
 
 
 def group_gradient(
@@ -111,19 +115,15 @@ def group_gradient(
     Arguments as for `group_ihvp`; with `weights` it is the gradient of the weighted mean. Half-
     precision parameters give a float32 gradient.
     """
-    num_examples = curvatures.count_examples(group, "group")
+    num_examples = batches.count_examples(group, "group")
     params = _check_floating(params, "params")
-    params = curvatures.device_local(
-        curvatures.at_least_float32(params), group, weights, axis_name=axis_name
-    )
-    weights = curvatures.normalised_weights(weights, num_examples, "group_weights", axis_name)
-    num_chunks, take = curvatures.chunks(group, chunk_size, weights)
+    params = spmd.device_local(trees.at_least_float32(params), group, weights, axis_name=axis_name)
+    weights = batches.normalised_weights(weights, num_examples, "group_weights", axis_name)
+    num_chunks, take = batches.chunks(group, chunk_size, weights)
 
     def gradient(index):
         chunk, chunk_weights = take(index)
-        return jax.grad(lambda p: curvatures.weighted_loss(loss_fn, p, chunk, chunk_weights))(
-            params
-        )
+        return jax.grad(lambda p: batches.weighted_loss(loss_fn, p, chunk, chunk_weights))(params)
 
     if num_chunks == 1:
         total = gradient(0)
@@ -134,7 +134,7 @@ def group_gradient(
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         total, _ = lax.scan(add, zeros, jnp.arange(num_chunks))
-    return curvatures.mean_over_devices(total, axis_name)
+    return spmd.mean_over_devices(total, axis_name)
 
 
 def example_influence(
@@ -163,7 +163,7 @@ def example_influence(
     def scores(chunk):
         return -_directional_losses(loss_fn, params, ihvp, chunk)
 
-    return curvatures.map_chunks(scores, batch, chunk_size)
+    return batches.map_chunks(scores, batch, chunk_size)
 
 
 def pixel_influence(
@@ -192,7 +192,7 @@ def pixel_influence(
       TypeError: for inputs that are not floating point.
     """
     params, ihvp = _direction(params, ihvp)
-    inputs, targets = curvatures.split_batch(batch)
+    inputs, targets = batches.split_batch(batch)
     inputs = _check_floating(
         inputs, "inputs", "convert images to floats in [0, 1]; for tokens, pass their embeddings"
     )
@@ -200,11 +200,11 @@ def pixel_influence(
     def maps(chunk):
         x, y = chunk
         # Where the caller replicates inputs but not parameters, each device wants its own map.
-        x = curvatures.device_local(x, params, ihvp, y)
+        x = spmd.device_local(x, params, ihvp, y)
         total = jax.grad(lambda x: -jnp.sum(_directional_losses(loss_fn, params, ihvp, (x, y))))
         return total(x)
 
-    return curvatures.map_chunks(maps, (inputs, targets), chunk_size)
+    return batches.map_chunks(maps, (inputs, targets), chunk_size)
 
 
 def linear_head_loss(head_params: Params, batch: Batch) -> jax.Array:
@@ -265,7 +265,7 @@ def _directional_losses(loss_fn, params, direction, batch):
     """Returns <direction, grad_theta l_i> for every example of `batch`, shape `[B]`."""
 
     def losses(p):
-        return curvatures.losses_per_example(loss_fn, p, batch)
+        return batches.losses_per_example(loss_fn, p, batch)
 
     return jax.jvp(losses, (params,), (direction,))[1]
 
@@ -274,7 +274,7 @@ def _direction(params, ihvp):
     """Returns both in at least float32, after checking that they have the same shapes."""
     if isinstance(ihvp, solvers.Solution):
         raise ValueError("ihvp is a Solution: pass its .value, once you know that it converged")
-    params = curvatures.at_least_float32(_check_floating(params, "params"))
+    params = trees.at_least_float32(_check_floating(params, "params"))
     want, got = (
         {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
         for leaves in map(jax.tree_util.tree_leaves_with_path, (params, ihvp))
@@ -285,7 +285,7 @@ def _direction(params, ihvp):
             f"{k or 'the array'}: params {want.get(k)}, ihvp {got.get(k)}" for k in differing
         )
         raise ValueError(f"ihvp must be shaped like params; {listing or 'containers differ'}")
-    return params, curvatures.cast_like(ihvp, params)
+    return params, trees.cast_like(ihvp, params)
 
 
 def _check_floating(tree, name, advice="differentiate floating-point arrays only"):

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from bn_networks import variables_of
 
-from jaxpoison import filters, models, parallel, training
+from jaxpoison import filters, models, training
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense, HintConfig, chain, characteristic_filter, hint, none
-from jaxpoison.defenses.base import keep_batch
 from jaxpoison.filters import ContaminationWarning
 from jaxpoison.training import heads
+from jaxpoison.training.hooks import keep_batch
 
-ONE = parallel.data_mesh(jax.devices()[:1])
+ONE = devices.data_mesh(jax.devices()[:1])
 RECIPE = training.Recipe(
     epochs=2, batch_size=8, learning_rate=0.05, milestones=(), max_shift=0.0, flip=False
 )

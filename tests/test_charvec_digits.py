@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from jaxpoison import attacks, filters, models, parallel, training
+from jaxpoison import attacks, evaluation, filters, models, training
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset, to_float
 
 PER_CLASS = 50
@@ -53,7 +54,7 @@ def parts():
 def victim():
     extractor, train, _, _ = parts()
     recipe = training.Recipe(epochs=20, batch_size=64, milestones=(15,), max_shift=0, flip=False)
-    one = parallel.data_mesh(jax.devices()[:1])  # eight would wait for each other at every step
+    one = devices.data_mesh(jax.devices()[:1])  # eight would wait for each other at every step
     # Training amplifies rounding. From some keys, 0 among them, one version of JAX gives a network
     # of which not all holds that is tested here; from this one all versions tried agree.
     state = training.fit(MODEL, recipe, extractor, key=jax.random.key(5), mesh=one)
@@ -86,7 +87,7 @@ def successful(num_poisons):
 
 
 def judge(sets, keep=None):
-    return attacks.transfer_outcome(jax.random.key(4), victim(), sets, parts()[3], keep=keep)
+    return evaluation.transfer_outcome(jax.random.key(4), victim(), sets, parts()[3], keep=keep)
 
 
 def filtered(sets, centroids):

@@ -22,7 +22,8 @@ from bn_networks import (
 )
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpoison import filters, parallel
+from jaxpoison import filters
+from jaxpoison.core import devices
 from jaxpoison.filters import extraction
 
 
@@ -195,9 +196,9 @@ def test_under_vmap_grad_and_sharding():
         x.reshape(2, 4, 8, 6, 3)
     )
     np.testing.assert_allclose(stacked.ravel().reshape(8, -1), want, rtol=1e-5, atol=1e-6)
-    mesh = parallel.data_mesh(jax.devices()[:4])
+    mesh = devices.data_mesh(jax.devices()[:4])
     placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
-    sharded = extract(model, parallel.replicate(variables, mesh), placed)
+    sharded = extract(model, devices.replicate(variables, mesh), placed)
     np.testing.assert_allclose(sharded.ravel(), want, rtol=1e-5, atol=1e-6)
     mapped = jax.jit(
         jax.shard_map(

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpoison import models, parallel, training
+from jaxpoison import models, training
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import HintConfig, hint
 from jaxpoison.models import layers
@@ -41,7 +42,7 @@ def train(folder=None, report=None):
     checkpoints = None
     if folder is not None:
         checkpoints = training.Checkpoints(folder, every=1, identity="test")
-    mesh = parallel.data_mesh(jax.devices()[:1])
+    mesh = devices.data_mesh(jax.devices()[:1])
     return training.fit(
         model, RECIPE, random_set(20, 0), key=jax.random.key(3), mesh=mesh, report=report,
         defense=hint(model, random_set(9, 1), config, mesh=mesh), checkpoints=checkpoints,
@@ -199,10 +200,10 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
 def test_saved_on_four_devices_and_restored_on_two(tmp_path):
     def place(tree, num_devices):
-        mesh = parallel.data_mesh(jax.devices()[:num_devices])
+        mesh = devices.data_mesh(jax.devices()[:num_devices])
         return {
-            "w": parallel.shard_examples(tree["w"], mesh),
-            **parallel.replicate({"n": tree["n"], "key": tree["key"]}, mesh),
+            "w": devices.shard_examples(tree["w"], mesh),
+            **devices.replicate({"n": tree["n"], "key": tree["key"]}, mesh),
         }
 
     save(tmp_path, place(TREE, 4))
@@ -219,7 +220,7 @@ def test_saves_every_few_epochs_and_at_the_end(tmp_path, monkeypatch):
     model = models.Classifier(Body(), num_features=4, num_classes=3)
     training.fit(
         model, RECIPE, random_set(8, 0), key=jax.random.key(0),
-        mesh=parallel.data_mesh(jax.devices()[:1]),
+        mesh=devices.data_mesh(jax.devices()[:1]),
         checkpoints=training.Checkpoints(tmp_path, every=2, identity="a"),
     )  # fmt: skip
     assert saved == [2, 4, 5]

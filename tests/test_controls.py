@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpoison import models, parallel, training
+from jaxpoison import models, training
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import (
     Defense,
@@ -24,9 +25,9 @@ from jaxpoison.defenses import (
     recommended,
     refit_head,
 )
-from jaxpoison.defenses.base import keep_batch, keep_epoch
 from jaxpoison.defenses.squeezing import compress
-from jaxpoison.training.fit import losses_and_hits
+from jaxpoison.training._fit import losses_and_hits
+from jaxpoison.training.hooks import keep_batch, keep_epoch
 
 RECIPE = training.Recipe(
     epochs=3, batch_size=16, learning_rate=0.2, milestones=(1,), max_shift=0.0, flip=False
@@ -57,7 +58,7 @@ TRUSTED = random_set(18, 1)
 
 
 def one_device():
-    return parallel.data_mesh(jax.devices()[:1])
+    return devices.data_mesh(jax.devices()[:1])
 
 
 def fit(defense=None, train=None, **more):

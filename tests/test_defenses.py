@@ -3,10 +3,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpoison import models, parallel, training
+from jaxpoison import models, training
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense, chain, none
-from jaxpoison.defenses.base import keep_batch, keep_epoch
+from jaxpoison.training.hooks import keep_batch, keep_epoch
 
 RECIPE = training.Recipe(epochs=2, batch_size=8, learning_rate=0.05, milestones=())
 
@@ -30,7 +31,7 @@ def random_set():
 def fit(defense, report=None):
     return training.fit(
         MODEL, RECIPE, random_set(), key=jax.random.key(0), defense=defense, report=report,
-        mesh=parallel.data_mesh(jax.devices()[:1]),
+        mesh=devices.data_mesh(jax.devices()[:1]),
     )  # fmt: skip
 
 

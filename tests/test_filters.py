@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from bn_networks import Convolutional, Dense, Shared, variables_of
 
-from jaxpoison import filters, parallel
+from jaxpoison import filters
+from jaxpoison.core import devices
 from jaxpoison.filters import characteristic
 from jaxpoison.filters.limits import ContaminationWarning
 
-ONE = parallel.data_mesh(jax.devices()[:1])
+ONE = devices.data_mesh(jax.devices()[:1])
 N = 45
 
 
@@ -126,7 +127,7 @@ def test_tau_pulls_trusted_centroids_to_the_data():
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
 def test_the_same_on_any_number_of_devices(num_devices, no_warning):  # T4: 45 and 16 do not divide
-    mesh = parallel.data_mesh(jax.devices()[:num_devices])
+    mesh = devices.data_mesh(jax.devices()[:num_devices])
     want = verdict(vectors(), Y, vectors(), Y)
     model = make(mesh=mesh)
     result = model.fit(X, Y).filter(X, Y)  # sums over batches and devices

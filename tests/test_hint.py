@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpoison import models, parallel, solvers, training
+from jaxpoison import models, solvers, training
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import HintConfig, hint
-from jaxpoison.defenses.hint import RELEASED_CODE, HintState
+from jaxpoison.defenses._hint import RELEASED_CODE, HintState
 
 NUM_CLASSES, SIDE, STD = 3, 4, 0.5
 CONFIG = HintConfig(ratio=0.4, gamma=0.5, schedule=(2, 4))
@@ -56,7 +57,7 @@ def trained(epochs=6):
 
 
 def one_device():
-    return parallel.data_mesh(jax.devices()[:1])
+    return devices.data_mesh(jax.devices()[:1])
 
 
 class Update:
@@ -65,12 +66,12 @@ class Update:
     def __init__(self, config=CONFIG, dataset=TRAIN, mesh=None, **settings):
         mesh = one_device() if mesh is None else mesh
         self.defense = hint(MODEL, TRUSTED, config, mesh=mesh, **settings)
-        self.dataset = parallel.replicate(dataset, mesh)
+        self.dataset = devices.replicate(dataset, mesh)
         self.state = self.defense.init(jax.random.key(7), self.dataset)
         self.mesh = mesh
 
     def __call__(self, epoch, train_state=None):
-        train_state = parallel.replicate(
+        train_state = devices.replicate(
             trained() if train_state is None else train_state, self.mesh
         )
         self.state, dataset, self.info = self.defense.on_epoch(
@@ -328,7 +329,7 @@ def test_permuting_the_training_set_permutes_the_result():
 def test_neither_devices_nor_batch_size_change_the_result():
     want = Update()
     want(2)
-    for settings in ({"mesh": parallel.data_mesh()}, {"batch_size": 7}):
+    for settings in ({"mesh": devices.data_mesh()}, {"batch_size": 7}):
         run = Update(**settings)
         run(2)
         np.testing.assert_array_equal(run.chosen, want.chosen)

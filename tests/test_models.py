@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpoison import loops, models
+from jaxpoison import models
+from jaxpoison.core import loops
 from jaxpoison.models import layers
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpoison import loops, models, parallel, training
+from jaxpoison import models, training
+from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import (
     EpicConfig,
@@ -25,8 +26,8 @@ from jaxpoison.defenses import (
     friends,
     random_noise,
 )
-from jaxpoison.defenses.base import Defense, keep_batch
-from jaxpoison.defenses.epic import alone, facility_location, medoid_budgets, similarities
+from jaxpoison.defenses._epic import alone, facility_location, medoid_budgets, similarities
+from jaxpoison.training.hooks import Defense, keep_batch
 
 RECIPE = training.Recipe(
     epochs=8, batch_size=16, learning_rate=0.2, milestones=(), max_shift=0.0, flip=False
@@ -54,7 +55,7 @@ def random_set(num_examples=96):
 
 
 def one_device():
-    return parallel.data_mesh(jax.devices()[:1])
+    return devices.data_mesh(jax.devices()[:1])
 
 
 def fit(defense=None, mesh=None, **more):
@@ -164,7 +165,7 @@ def test_friends_trains_on_many_devices_as_on_one():
     config = FriendsConfig(epoch=1, num_steps=5)
     one, all_of_them = (
         fit(friends(MODEL, config, mesh=mesh, batch_size=40), mesh)
-        for mesh in (one_device(), parallel.data_mesh())
+        for mesh in (one_device(), devices.data_mesh())
     )
     for left, right in zip(*map(jax.tree.leaves, (one.params, all_of_them.params)), strict=True):
         np.testing.assert_allclose(left, right, atol=2e-4)

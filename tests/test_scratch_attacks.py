@@ -9,16 +9,17 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from jaxpoison import attacks, models, parallel, training
-from jaxpoison.attacks.deep_confuse import compiled, confusion, unet_for
+from jaxpoison import attacks, evaluation, models, training
+from jaxpoison.attacks._deep_confuse import compiled, confusion, unet_for
+from jaxpoison.attacks._gradient_matching import mismatch
+from jaxpoison.attacks._metapoison import RGB_FROM_YUV, margin, recolour, roughness, unrolled_loss
 from jaxpoison.attacks.descent import normal_start, projection
-from jaxpoison.attacks.gradient_matching import mismatch
-from jaxpoison.attacks.metapoison import RGB_FROM_YUV, margin, recolour, roughness, unrolled_loss
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import Defense
-from jaxpoison.defenses.base import keep_batch
 from jaxpoison.models import unet
-from jaxpoison.training.fit import epoch_order
+from jaxpoison.training._fit import epoch_order
+from jaxpoison.training.hooks import keep_batch
 
 EPSILON = 0.1  # 25.5 of 255: no whole number, so that plain rounding would break it
 NUM_CLASSES = 4
@@ -468,7 +469,7 @@ def test_the_generators_gradient_is_the_slope_of_the_loss_after_a_literal_step()
 
 
 def test_the_replay_walks_the_trajectory_of_training_on_the_old_generators_images():
-    run = compiled(MODEL, (8, 8, 3), parallel.data_mesh(), EPSILON, CONFUSE)
+    run = compiled(MODEL, (8, 8, 3), devices.data_mesh(), EPSILON, CONFUSE)
     key = jax.random.key(5)
     clean = Dataset(unit(real().images), jnp.asarray(real().labels))
     old = run.generator(key, clean.images[:1])
@@ -588,7 +589,7 @@ def planted():
 
 def test_a_planted_target_succeeds_unless_the_defence_removes_it():
     def judge(*sets, **options):
-        return attacks.scratch_outcome(
+        return evaluation.scratch_outcome(
             jax.random.key(3), MODEL, PLAIN, sets, real("test"), **options
         )
 
@@ -598,7 +599,7 @@ def test_a_planted_target_succeeds_unless_the_defence_removes_it():
     assert outcome.prediction.tolist() == [planted().target.base_label]
     assert outcome.probabilities[0].argmax() == outcome.prediction[0]
     assert outcome.probabilities[0].max() > 0.5
-    assert outcome.interval == attacks.wilson(1, 1)
+    assert outcome.interval == evaluation.wilson(1, 1)
     assert told == [(0, epoch) for epoch in range(4)]
 
     restore = Defense(lambda key, dataset: (), lambda state, *rest: (state, real(), {}), keep_batch)
@@ -616,9 +617,9 @@ def test_a_planted_target_succeeds_unless_the_defence_removes_it():
 def test_sets_that_cannot_be_judged():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="no poisoned set"):
-        attacks.scratch_outcome(key, MODEL, PLAIN, [], real("test"))
+        evaluation.scratch_outcome(key, MODEL, PLAIN, [], real("test"))
     with pytest.raises(ValueError, match="set 1 has no target"):
-        attacks.scratch_outcome(
+        evaluation.scratch_outcome(
             key, MODEL, PLAIN, [planted(), planted()._replace(target=None)], real("test")
         )
 
@@ -629,7 +630,7 @@ def test_wilson_intervals():
         (5, 5): (0.5655, 1.0),
         (10, 20): (0.2993, 0.7007),
     }.items():
-        np.testing.assert_allclose(attacks.wilson(successes, number), want, atol=1e-4)
+        np.testing.assert_allclose(evaluation.wilson(successes, number), want, atol=1e-4)
     # Newcombe 1998 (Statistics in Medicine 17, 857), table I, method 3.
     for (successes, number), want in {
         (81, 263): (0.2553, 0.3662),
@@ -637,10 +638,10 @@ def test_wilson_intervals():
         (0, 20): (0.0, 0.1611),
         (1, 29): (0.0061, 0.1718),
     }.items():
-        np.testing.assert_allclose(attacks.wilson(successes, number), want, atol=5e-5)
+        np.testing.assert_allclose(evaluation.wilson(successes, number), want, atol=5e-5)
     # Its ends are the rates p at which the found rate is just z standard deviations away.
-    for p in attacks.wilson(3, 17):
+    for p in evaluation.wilson(3, 17):
         np.testing.assert_allclose(abs(3 / 17 - p) / np.sqrt(p * (1 - p) / 17), 1.96, rtol=1e-6)
     for bad in ((-1, 3), (4, 3), (0, 0)):
         with pytest.raises(ValueError, match="is no rate"):
-            attacks.wilson(*bad)
+            evaluation.wilson(*bad)

@@ -8,12 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpoison import loops, models, parallel, solvers, training
+from jaxpoison import models, solvers, training
+from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import Defense
-from jaxpoison.defenses.base import keep_batch, keep_epoch
+from jaxpoison.training._fit import epoch_order, train_step
 from jaxpoison.training.evaluation import accuracy
-from jaxpoison.training.fit import epoch_order, train_step
+from jaxpoison.training.hooks import keep_batch, keep_epoch
 from jaxpoison.training.recipe import optimizer, steps_per_epoch
 
 QUICK = training.Recipe(
@@ -115,13 +116,13 @@ class SeeingBody(nn.Module):
 
 def seen_batches(num_devices, recipe, num_steps=3):
     """Returns the images that each step trained on; every step takes the same examples."""
-    mesh = parallel.data_mesh(jax.devices()[:num_devices])
+    mesh = devices.data_mesh(jax.devices()[:num_devices])
     model = models.Classifier(SeeingBody((8, 6, 6, 3)), num_features=108, num_classes=3)
     transform = optimizer(recipe, 1)
     state = training.init_state(model, transform, jax.random.key(0), (6, 6, 3))
     step = jax.jit(train_step(model, recipe, transform, mesh))
-    state = parallel.replicate(state, mesh)
-    train = parallel.replicate(random_set(8, 6), mesh)
+    state = devices.replicate(state, mesh)
+    train = devices.replicate(random_set(8, 6), mesh)
     seen = []
     for _ in range(num_steps):
         state, _ = step((train, (), jax.random.key(5)), state, jnp.arange(8))
@@ -145,7 +146,7 @@ def test_no_augmentation_leaves_images_as_they_are():
 
 def test_training_is_the_same_on_every_number_of_devices():
     def train(num_devices):
-        mesh = parallel.data_mesh(jax.devices()[:num_devices])
+        mesh = devices.data_mesh(jax.devices()[:num_devices])
         return training.fit(conv_model(), QUICK, random_set(), key=jax.random.key(0), mesh=mesh)
 
     one = train(1)
@@ -204,7 +205,7 @@ def test_accuracy_is_the_share_of_right_predictions():
     variables = model.init(jax.random.key(0), test.images)
     right = np.argmax(model.apply(variables, test.images), axis=-1) == test.labels
     for num_devices, batch_size in [(1, 5), (8, 8), (8, 100)]:
-        mesh = parallel.data_mesh(jax.devices()[:num_devices])
+        mesh = devices.data_mesh(jax.devices()[:num_devices])
         predict = training.evaluator(model, batch_size=batch_size, mesh=mesh)
         assert accuracy(predict, variables, test) == pytest.approx(right.mean())
 
@@ -228,7 +229,7 @@ def test_sizes_that_do_not_fit_are_errors():
     with pytest.raises(ValueError, match=r"test set.*out of range"):
         fit(QUICK, random_set(27, 4), test=random_set(20, 4, num_classes=9))
     with pytest.raises(ValueError, match="9 examples does not divide by 2 devices"):
-        parallel.shard_examples(np.zeros((9, 2)), parallel.data_mesh(jax.devices()[:2]))
+        devices.shard_examples(np.zeros((9, 2)), devices.data_mesh(jax.devices()[:2]))
 
 
 def test_the_step_compiles_once_per_shape():

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpoison import attacks, models, solvers, training
+from jaxpoison import attacks, evaluation, models, solvers, training
 from jaxpoison.attacks import feature_space
-from jaxpoison.attacks.targeted import quantise
+from jaxpoison.attacks.trials import quantise
 from jaxpoison.data import Dataset, load_embedded
 
 EPSILON = 0.1  # 25.5 of 255: no whole number, so that plain rounding would break it
@@ -633,7 +633,7 @@ def test_heads_refuse_what_they_cannot_learn_from():
 
 
 def outcome(sets, **settings):
-    return attacks.transfer_outcome(jax.random.key(5), SUBSTITUTE, sets, TEST, **settings)
+    return evaluation.transfer_outcome(jax.random.key(5), SUBSTITUTE, sets, TEST, **settings)
 
 
 def test_outcome_is_that_of_heads_trained_one_by_one_on_what_is_kept():
@@ -703,7 +703,7 @@ def test_poisons_of_real_images_work_on_a_trained_extractor(tmp_path):
     sets[0] = attacks.load(tmp_path / "0.npz", num_classes=10)
     clean = [one._replace(images=train.images) for one in sets]
     before, after = (
-        attacks.transfer_outcome(jax.random.key(4), victim, x, test) for x in (clean, sets)
+        evaluation.transfer_outcome(jax.random.key(4), victim, x, test) for x in (clean, sets)
     )
     assert np.mean(before.success) <= 0.2
     assert np.mean(after.success) >= 0.7

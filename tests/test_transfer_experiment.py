@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpoison import attacks, filters, models
+from jaxpoison import attacks, evaluation, filters, models
 from jaxpoison.data import Dataset, embedded
 from jaxpoison.defenses import HintConfig
 
@@ -308,7 +308,7 @@ def test_measures(module, victim):
         "right": verdicts.Verdict(poisons, poisons.astype(np.float32)),
         "half": verdicts.Verdict(half, -poisons.astype(np.float32)),
     }
-    after = attacks.Outcome(
+    after = evaluation.Outcome(
         np.zeros(4), np.array([False, False, True, False]), np.array([0.5, 0.7, 0.1, 0.3]), {}
     )
     result = verdicts.measure(view, found, after)

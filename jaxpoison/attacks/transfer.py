@@ -21,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpoison import loops, parallel
 from jaxpoison.attacks import feature_space
+from jaxpoison.attacks.base import Crafted, TargetedAttack, TargetedCraftFn, check_epsilon
 from jaxpoison.attacks.descent import check_positive, normal_start, projection, signed_adam
 from jaxpoison.attacks.feature_space import View
-from jaxpoison.attacks.targeted import Crafted, TargetedAttack, TargetedCraftFn
-from jaxpoison.attacks.untargeted import check_epsilon
+from jaxpoison.core import devices, loops
 from jaxpoison.data import random_translate_flip
 
 
@@ -419,12 +418,12 @@ def _crafting(method: _Method, epsilon: float, batch_size: int) -> TargetedCraft
         group = math.ceil(num_trials / math.ceil(num_trials * num_poisons / batch_size))
         group = min(group, max(1, batch_size // num_poisons))
         # Trials are spread over as many devices as divide them, so that none of them idles.
-        mesh = parallel.data_mesh(jax.devices()[: math.gcd(group, len(jax.devices()))])
-        variables = parallel.replicate([s.variables for s in substitutes], mesh)
+        mesh = devices.data_mesh(jax.devices()[: math.gcd(group, len(jax.devices()))])
+        variables = devices.replicate([s.variables for s in substitutes], mesh)
         images, objectives = [], []
         for first in range(0, num_trials, group):
             rows = jnp.minimum(jnp.arange(first, first + group), num_trials - 1)
-            trials = parallel.shard_examples(
+            trials = devices.shard_examples(
                 _Trial(keys[rows], bases[rows], base_labels[rows], targets[rows]), mesh
             )
             results = []

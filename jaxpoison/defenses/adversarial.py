@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpoison import loops
-from jaxpoison.defenses.base import Defense, Info
+from jaxpoison.core import loops
 from jaxpoison.models import Classifier
+from jaxpoison.training.hooks import Defense, Info
 
 
 @dataclasses.dataclass(frozen=True)

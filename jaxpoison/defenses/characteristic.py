@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpoison import parallel
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset, check, to_float
-from jaxpoison.defenses.base import Defense, keep_batch, select
 from jaxpoison.filters import CharacteristicVectorFilter
 from jaxpoison.models import Classifier
+from jaxpoison.training.hooks import Defense, keep_batch, select
 
 
 def characteristic_filter(
@@ -58,7 +58,7 @@ def characteristic_filter(
         return jnp.asarray(result.keep_mask)
 
     def keep(state, num_examples) -> np.ndarray:
-        return parallel.to_host(state)
+        return devices.to_host(state)
 
     def on_epoch(state, epoch, train_state, dataset):
         kept = keep(state, len(dataset.labels))

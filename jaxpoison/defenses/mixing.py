@@ -8,7 +8,7 @@ defence that needs class numbers in `on_batch` (adversarial training) comes befo
 import jax
 import jax.numpy as jnp
 
-from jaxpoison.defenses.base import Defense, keep_epoch
+from jaxpoison.training.hooks import Defense, keep_epoch
 
 
 def mixup(num_classes: int, alpha: float = 1.0) -> Defense:

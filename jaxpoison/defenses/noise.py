@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpoison.data import to_float
-from jaxpoison.defenses.base import Defense, keep_batch, keep_epoch
+from jaxpoison.training.hooks import Defense, keep_batch, keep_epoch
 
 Kind = Literal["bernoulli", "uniform", "gaussian"]
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpoison import parallel
+from jaxpoison.core import devices
 from jaxpoison.data import check, to_float
-from jaxpoison.defenses.base import Defense, keep_batch
+from jaxpoison.training.hooks import Defense, keep_batch
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and JPEG use
 
@@ -35,7 +35,7 @@ def jpeg(quality: int = 10) -> Defense:
     def init(key, dataset):
         check(dataset)
         _check_channels(dataset, (1, 3), "JPEG")
-        return jnp.asarray(compress(parallel.to_host(dataset.images), quality))
+        return jnp.asarray(compress(devices.to_host(dataset.images), quality))
 
     def on_epoch(state, epoch, train_state, dataset):
         return state, dataset._replace(images=state), {}

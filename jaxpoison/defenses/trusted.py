@@ -9,12 +9,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxpoison import parallel
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset, check_trusted, to_float
-from jaxpoison.defenses.base import Defense, keep_batch, keep_epoch
 from jaxpoison.models import Classifier
 from jaxpoison.training import heads
 from jaxpoison.training.heads import HEAD, HeadRecipe
+from jaxpoison.training.hooks import Defense, keep_batch, keep_epoch
 
 
 def add_trusted(
@@ -36,8 +36,8 @@ def add_trusted(
     check_trusted(trusted)
     if repeats is not None and repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")
-    mesh = parallel.data_mesh() if mesh is None else mesh
-    trusted = parallel.replicate(trusted, mesh)
+    mesh = devices.data_mesh() if mesh is None else mesh
+    trusted = devices.replicate(trusted, mesh)
     num_trusted = len(trusted.labels)
 
     def repeats_for(num_examples):
@@ -82,7 +82,7 @@ def refit_head(model: Classifier, trusted: Dataset, recipe: HeadRecipe = HEAD) -
     def finish(state, train_state):
         features = heads.features(model, train_state.variables, trusted.images)
         # On all devices, as the features are, wherever training was.
-        key, labels = parallel.replicate((state, trusted.labels), parallel.data_mesh())
+        key, labels = devices.replicate((state, trusted.labels), devices.data_mesh())
         head = fit_head(key, features, labels)
         return train_state._replace(params={**train_state.params, "head": head})
 

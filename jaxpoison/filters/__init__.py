@@ -11,6 +11,12 @@ from jaxpoison.filters.centroids import shrink as shrink
 from jaxpoison.filters.characteristic import (
     CharacteristicVectorFilter as CharacteristicVectorFilter,
 )
+from jaxpoison.filters.detectors import activation_clustering as activation_clustering
+from jaxpoison.filters.detectors import confident_learning as confident_learning
+from jaxpoison.filters.detectors import deep_knn as deep_knn
+from jaxpoison.filters.detectors import feature_centroid as feature_centroid
+from jaxpoison.filters.detectors import l2_centroid as l2_centroid
+from jaxpoison.filters.detectors import spectral_signatures as spectral_signatures
 from jaxpoison.filters.distances import Mahalanobis as Mahalanobis
 from jaxpoison.filters.distances import centroid_distances as centroid_distances
 from jaxpoison.filters.distances import fisher_weights as fisher_weights
@@ -25,9 +31,3 @@ from jaxpoison.filters.limits import p_max as p_max
 from jaxpoison.filters.nearest import nearest_centroid_filter as nearest_centroid_filter
 from jaxpoison.filters.result import ContaminationWarning as ContaminationWarning
 from jaxpoison.filters.result import FilterResult as FilterResult
-from jaxpoison.filters.rivals import activation_clustering as activation_clustering
-from jaxpoison.filters.rivals import confident_learning as confident_learning
-from jaxpoison.filters.rivals import deep_knn as deep_knn
-from jaxpoison.filters.rivals import feature_centroid as feature_centroid
-from jaxpoison.filters.rivals import l2_centroid as l2_centroid
-from jaxpoison.filters.rivals import spectral_signatures as spectral_signatures

@@ -10,7 +10,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
@@ -18,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpoison import parallel
+from jaxpoison.core import devices
+from jaxpoison.core.files import replacing
 from jaxpoison.filters import limits
 from jaxpoison.filters.centroids import Centroids, Estimator, Variance, fit_centroids, shrink
 from jaxpoison.filters.distances import (
@@ -188,9 +188,7 @@ class CharacteristicVectorFilter:
         self._check_fitted()
         layers = {"paths": self.centroids_.paths, "sizes": self.centroids_.sizes}
         fitted = jax.tree.leaves((self.centroids_, self.covariance_))
-        path = Path(path)
-        unfinished = path.with_name(path.name + ".unfinished")
-        with unfinished.open("wb") as file:
+        with replacing(path) as file:
             np.savez(
                 file,
                 allow_pickle=False,
@@ -199,7 +197,6 @@ class CharacteristicVectorFilter:
                 layer_weights=self.layer_weights_,
                 **{f"array_{number}": np.asarray(a) for number, a in enumerate(fitted)},
             )
-        unfinished.replace(path)
 
     @classmethod
     def load(
@@ -264,7 +261,7 @@ class CharacteristicVectorFilter:
         if self.tau > 0:
             reference = _pulled(reference, self._summarise(chunks, passes, 1), self.tau)
         self.classes_, self.centroids_ = reference[:2]
-        self.covariance_, self.layer_weights_ = covariance, parallel.to_host(gamma)
+        self.covariance_, self.layer_weights_ = covariance, devices.to_host(gamma)
         if isinstance(chunks, _Whole):  # the labels of batches are checked by `filter`
             self._positions(chunks[0][1])
         warn_of_gaps(self.classes_)
@@ -286,7 +283,7 @@ class CharacteristicVectorFilter:
             positions = self._positions(y)
             distances, finite = passes.compare(constants, self._placed((x, positions)))
             _require_finite(finite, seen)
-            parts.append((parallel.to_host(distances), positions))
+            parts.append((devices.to_host(distances), positions))
             seen += len(positions)
         if not parts:
             raise ValueError(_EMPTY)
@@ -418,10 +415,10 @@ class CharacteristicVectorFilter:
         )
 
     def _mesh(self):
-        return parallel.data_mesh() if self.mesh is None else self.mesh
+        return devices.data_mesh() if self.mesh is None else self.mesh
 
     def _placed(self, tree):
-        return parallel.replicate(tree, self._mesh())
+        return devices.replicate(tree, self._mesh())
 
     def _settings(self) -> dict[str, Any]:
         """Returns the settings in a form that JSON holds."""
@@ -487,7 +484,7 @@ def _pulled(trusted: _Reference, dataset: _Reference, tau: float) -> _Reference:
 
 
 def _check_class_sizes(reference: _Reference, smallest: int) -> None:
-    counts = parallel.to_host(reference.centroids.count)
+    counts = devices.to_host(reference.centroids.count)
     small = counts < smallest
     if small.any():
         found = ", ".join(
@@ -502,7 +499,7 @@ def _check_class_sizes(reference: _Reference, smallest: int) -> None:
 
 
 def _require_finite(finite: jax.Array, seen: int) -> None:
-    bad = np.flatnonzero(~parallel.to_host(finite))
+    bad = np.flatnonzero(~devices.to_host(finite))
     if len(bad):
         raise ValueError(
             f"the characteristic vectors of {len(bad)} examples are not finite, the first at "

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpoison import loops
+from jaxpoison.core import loops
 from jaxpoison.filters.centroids import Centroids, Estimator, Variance, fit_centroids
 from jaxpoison.filters.distances import Metric, centroid_distances
 from jaxpoison.filters.extraction import CharVec, Predicate, Stats, extract_charvec

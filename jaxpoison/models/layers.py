@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpoison import loops
+from jaxpoison.core import loops
 
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpoison import loops
+from jaxpoison.core import loops
 from jaxpoison.models import layers
 from jaxpoison.models.classifier import Classifier
 from jaxpoison.models.resnet import CIFAR10_MEAN, CIFAR10_STD

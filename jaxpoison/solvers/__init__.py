@@ -18,17 +18,17 @@ products are then taken for all of them together, and what does not depend on `r
 factorisation or a sketch, is computed once. `spectrum` says which damping and scale make sense.
 """
 
+from jaxpoison.solvers._cg import cg as cg
+from jaxpoison.solvers._cholesky import cholesky as cholesky
+from jaxpoison.solvers._lissa import lissa as lissa
+from jaxpoison.solvers._lissa import lissa_from_authors as lissa_from_authors
+from jaxpoison.solvers._nystrom import nystrom as nystrom
+from jaxpoison.solvers._nystrom import nystrom_preconditioner as nystrom_preconditioner
+from jaxpoison.solvers._spectrum import Spectrum as Spectrum
+from jaxpoison.solvers._spectrum import power_iteration as power_iteration
+from jaxpoison.solvers._spectrum import spectrum as spectrum
 from jaxpoison.solvers.base import DivergedError as DivergedError
 from jaxpoison.solvers.base import Solution as Solution
 from jaxpoison.solvers.base import Solver as Solver
 from jaxpoison.solvers.base import identity as identity
 from jaxpoison.solvers.base import require_converged as require_converged
-from jaxpoison.solvers.conjugate_gradients import cg as cg
-from jaxpoison.solvers.direct import cholesky as cholesky
-from jaxpoison.solvers.eigenvalues import Spectrum as Spectrum
-from jaxpoison.solvers.eigenvalues import power_iteration as power_iteration
-from jaxpoison.solvers.eigenvalues import spectrum as spectrum
-from jaxpoison.solvers.low_rank import nystrom as nystrom
-from jaxpoison.solvers.low_rank import nystrom_preconditioner as nystrom_preconditioner
-from jaxpoison.solvers.neumann import lissa as lissa
-from jaxpoison.solvers.neumann import lissa_from_authors as lissa_from_authors

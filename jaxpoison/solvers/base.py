@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core, lax
 
-from jaxpoison.curvature import LinearMap, Params, at_least_float32, device_local
-from jaxpoison.solvers.trees import norm
+from jaxpoison.core.spmd import device_local
+from jaxpoison.core.trees import LinearMap, Params, at_least_float32, norm
 
 SampleProduct = Callable[[jax.Array, int], LinearMap]
 
@@ -181,16 +181,3 @@ def _hoist(fn: Callable, argument: Any) -> tuple[Callable, list[Any]]:
 
 def rounding(x: jax.Array) -> float:
     return float(jnp.finfo(x.dtype).eps) ** 0.5
-
-
-def check_positive(**values: Any) -> None:
-    for name, value in values.items():
-        # Traced values (a damping to differentiate by) cannot be looked at.
-        if not isinstance(value, core.Tracer) and not np.all(np.asarray(value) > 0):
-            raise ValueError(f"{name} must be positive, got {value}")
-
-
-def check_count(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")

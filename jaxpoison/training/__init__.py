@@ -1,10 +1,10 @@
 """Training an image classifier on one device or many, with a defence in the loop."""
 
+from jaxpoison.training._fit import Transfer as Transfer
+from jaxpoison.training._fit import fit as fit
 from jaxpoison.training.checkpoints import Checkpoints as Checkpoints
 from jaxpoison.training.evaluation import Evaluator as Evaluator
 from jaxpoison.training.evaluation import evaluator as evaluator
-from jaxpoison.training.fit import Transfer as Transfer
-from jaxpoison.training.fit import fit as fit
 from jaxpoison.training.heads import HEAD as HEAD
 from jaxpoison.training.heads import HeadRecipe as HeadRecipe
 from jaxpoison.training.heads import features as features

@@ -8,7 +8,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from jaxpoison import parallel
+from jaxpoison.core import hosts
+from jaxpoison.core.files import check_writable
 
 
 class Checkpoints:
@@ -30,10 +31,10 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, *, every: int, identity: str):
         if every < 1:
             raise ValueError(f"every must be at least one epoch, not {every}")
-        self.folder = Path(folder).absolute()
+        self.folder = Path(folder).expanduser().absolute()
         self.every = every
         self.identity = identity
-        parallel.on_main(lambda: check_writable(self.folder))
+        hosts.on_main(lambda: check_writable(self.folder))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.LatestN(1), enable_async_checkpointing=False
         )
@@ -58,7 +59,7 @@ class Checkpoints:
         Raises:
           ValueError: if the checkpoint is broken or belongs to another run.
         """
-        epoch = parallel.on_main(self._manager.latest_step)
+        epoch = hosts.on_main(self._manager.latest_step)
         if epoch is None:
             return 0, like
         # Each part by itself: the identity says why the state would not fit.
@@ -84,16 +85,3 @@ class Checkpoints:
     def close(self) -> None:
         """Releases Orbax's threads."""
         self._manager.close()
-
-
-def check_writable(folder: Path) -> None:
-    """Makes `folder` and raises PermissionError with a clear text if it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise PermissionError(
-            f"cannot write to {folder} ({error.strerror}): choose another folder"
-        ) from error

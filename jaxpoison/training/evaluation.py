@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 import jax
 import jax.numpy as jnp
 
-from jaxpoison import loops, parallel
+from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, to_float
 from jaxpoison.models import Classifier
 
@@ -24,7 +24,7 @@ def evaluator(
     """Returns the function that predicts labels with BatchNorm in evaluation mode."""
 
     predict_all = _predictor(cast(Hashable, model), batch_size, mesh)
-    return lambda variables, images: predict_all(variables, parallel.replicate(images, mesh))
+    return lambda variables, images: predict_all(variables, devices.replicate(images, mesh))
 
 
 @functools.lru_cache(maxsize=8)  # a function of its own would be compiled anew at each call

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpoison import loops, parallel
+from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, check, to_float
-from jaxpoison.defenses.base import Defense
 from jaxpoison.models import Classifier
+from jaxpoison.training.hooks import Defense
 from jaxpoison.training.state import TrainState
 
 
@@ -60,9 +60,9 @@ def features(
       batch_size: most images in one pass; None: as in `loops.even_batches`.
       mesh: devices to use; default all.
     """
-    mesh = parallel.data_mesh() if mesh is None else mesh
+    mesh = devices.data_mesh() if mesh is None else mesh
     run = _extractor(cast(Hashable, model), batch_size, mesh)
-    return run(parallel.replicate(variables, mesh), parallel.replicate(jnp.asarray(images), mesh))
+    return run(devices.replicate(variables, mesh), devices.replicate(jnp.asarray(images), mesh))
 
 
 def fit_head(
@@ -132,10 +132,10 @@ def fit_defended_head(
     _check_recipe(recipe)
     check(train, model.num_classes)
     num_examples = len(train.labels)
-    mesh = parallel.data_mesh() if mesh is None else mesh
+    mesh = devices.data_mesh() if mesh is None else mesh
     init_key, order_key = jax.random.split(key)
     start = _start(init_key, model.num_features, model.num_classes, recipe)
-    train, variables, carry = parallel.replicate((train, variables, start), mesh)
+    train, variables, carry = devices.replicate((train, variables, start), mesh)
     state = defense.init(jax.random.fold_in(key, 1), train)
     inputs: tuple[jax.Array, ...] = ()
     for number in range(recipe.epochs):

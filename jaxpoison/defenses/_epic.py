@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpoison import loops, parallel
+from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, check, to_float
-from jaxpoison.defenses.base import Defense, keep_batch
 from jaxpoison.models import Classifier
+from jaxpoison.training.hooks import Defense, keep_batch
 
 ROWS_AT_ONCE = 64  # of the similarities, when gains are updated
 
@@ -78,7 +78,7 @@ def epic(
       ValueError: from here for bad settings, from `init` for a bad training set.
     """
     _check(config)
-    mesh = parallel.data_mesh() if mesh is None else mesh
+    mesh = devices.data_mesh() if mesh is None else mesh
 
     def logits_of(variables, images):
         return jnp.asarray(model.apply(variables, to_float(images)))
@@ -101,7 +101,7 @@ def epic(
     def init(key, dataset):
         check(dataset, model.num_classes)
         kept = jnp.ones(len(dataset.labels), bool)
-        return parallel.replicate(EpicState(key, kept), mesh)
+        return devices.replicate(EpicState(key, kept), mesh)
 
     def on_epoch(state, epoch, train_state, dataset):
         info = {}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpoison import loops, parallel
+from jaxpoison.core import devices, loops
 from jaxpoison.filters.centroids import fit_centroids
 from jaxpoison.filters.distances import Metric
 from jaxpoison.filters.extraction import Block, CharVec
@@ -303,11 +303,11 @@ def _result(flagged, score, labels, classes, settings, real=None, distances=None
 @functools.cache
 def _over_rows(fn, **static):
     """Returns `run(constants, N)`: `fn(constants, rows [B])` for all N rows, B at a time."""
-    mesh = parallel.data_mesh()
+    mesh = devices.data_mesh()
     rows = loops.map_batches(functools.partial(fn, **static), batch_size=_BATCH, mesh=mesh)
 
     def run(constants, num_rows):
-        return rows(*parallel.replicate((constants, jnp.arange(num_rows)), mesh))
+        return rows(*devices.replicate((constants, jnp.arange(num_rows)), mesh))
 
     return run
 

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpoison import loops, parallel
+from jaxpoison.core import devices, loops
 from jaxpoison.data import check, to_float
-from jaxpoison.defenses.base import Defense, Info
 from jaxpoison.defenses.noise import Kind, random_noise
 from jaxpoison.models import Classifier
+from jaxpoison.training.hooks import Defense, Info
 
 REFERENCE_BATCH = 128  # the authors' objective is a mean over so many images, at a fixed step size
 
@@ -83,7 +83,7 @@ def friends(
       ValueError: from here for bad settings, from `init` for a bad training set.
     """
     _check(config)
-    mesh = parallel.data_mesh() if mesh is None else mesh
+    mesh = devices.data_mesh() if mesh is None else mesh
     decay = {config.num_steps // 2: 0.1, int(0.7 * config.num_steps): 0.1}
     schedule = optax.piecewise_constant_schedule(config.learning_rate, decay)
     optimizer = optax.sgd(schedule, momentum=0.9, nesterov=True)
@@ -102,7 +102,7 @@ def friends(
 
     def descend(constants, carry, _):
         variables, images, reference = constants
-        images, reference = parallel.constrain_examples((images, reference), mesh)
+        images, reference = devices.constrain_examples((images, reference), mesh)
 
         def objective(noise):
             size = jnp.mean(bounded(noise) ** 2, axis=(1, 2, 3))
@@ -149,13 +149,13 @@ def friends(
     def init(key, dataset):
         check(dataset, model.num_classes)
         noise = jnp.zeros(dataset.images.shape, jnp.float32)
-        return parallel.replicate(FriendsState(key, noise), mesh)
+        return devices.replicate(FriendsState(key, noise), mesh)
 
     def on_epoch(state, epoch, train_state, dataset):
         info: Info = {}
         if epoch == config.epoch:
             noise, divergences = make(state.key, train_state.variables, dataset)
-            state = state._replace(noise=parallel.replicate(noise, mesh))
+            state = state._replace(noise=devices.replicate(noise, mesh))
             info = {
                 "divergence": jnp.mean(divergences),
                 "mean_abs_255": 255 * jnp.mean(jnp.abs(noise)),

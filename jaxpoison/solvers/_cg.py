@@ -4,15 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpoison.curvature import LinearMap
-from jaxpoison.solvers.base import (
-    Solver,
-    check_count,
-    check_positive,
-    rounding,
-    solve_and_measure,
-)
-from jaxpoison.solvers.trees import add_scaled, dot, norm
+from jaxpoison.core.checks import check_count, check_positive
+from jaxpoison.core.trees import LinearMap, add_scaled, dot, norm
+from jaxpoison.solvers.base import Solver, rounding, solve_and_measure
 
 
 def cg(

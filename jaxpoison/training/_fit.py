@@ -1,7 +1,7 @@
 """Trains a classifier on a data set that stays on the device, an epoch at a time.
 
-On an accelerator an epoch is one compiled scan; on CPU the same step is driven from the host (see
-`jaxpoison.loops`). All randomness comes from one key, folded with the epoch for the order of the
+On an accelerator an epoch is one compiled scan; on CPU the same step is driven from the host
+(`core.loops`). All randomness comes from one key, folded with the epoch for the order of the
 examples and with the step for augmentation, so a resumed run repeats what the killed one would
 have done.
 """
@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpoison import loops, parallel, solvers
+from jaxpoison import solvers
+from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, check, random_translate_flip, to_float
-from jaxpoison.defenses.base import BatchFn, Defense, keep_batch, none
 from jaxpoison.models import Classifier
 from jaxpoison.training import recipe as recipes
 from jaxpoison.training.checkpoints import Checkpoints
 from jaxpoison.training.evaluation import accuracy, evaluator
+from jaxpoison.training.hooks import BatchFn, Defense, keep_batch, none
 from jaxpoison.training.recipe import Recipe
 from jaxpoison.training.state import TrainState, at_step, init_state
 
@@ -81,9 +82,9 @@ def fit(
     check(train, model.num_classes)
     if test is not None:
         check(test, model.num_classes, "test set")
-    mesh = parallel.data_mesh() if mesh is None else mesh
+    mesh = devices.data_mesh() if mesh is None else mesh
     defense = none() if defense is None else defense
-    parallel.check_divisible(recipe.batch_size, mesh)
+    devices.check_divisible(recipe.batch_size, mesh)
     most_examples = defense.size(len(train.labels))
     steps_per_epoch = recipes.steps_per_epoch(recipe, most_examples)
     bn_frozen = transfer is not None and transfer.bn_frozen
@@ -93,34 +94,34 @@ def fit(
     )
     init_key, data_key, defense_key = jax.random.split(key, 3)
 
-    train = parallel.replicate(train, mesh)
+    train = devices.replicate(train, mesh)
     state = init_state(model, optimizer, init_key, train.images.shape[1:])
     if transfer is not None:
         state = _transferred(state, transfer, optimizer)
-    state = parallel.replicate(state, mesh)
-    defense_state = parallel.replicate(defense.init(defense_key, train), mesh)
+    state = devices.replicate(state, mesh)
+    defense_state = devices.replicate(defense.init(defense_key, train), mesh)
     first_epoch = 0
     if checkpoints is not None:
         first_epoch, (state, defense_state) = checkpoints.restore((state, defense_state))
 
     predict = evaluator(model, mesh=mesh)
-    test = None if test is None else parallel.replicate(test, mesh)
+    test = None if test is None else devices.replicate(test, mesh)
     for epoch in range(first_epoch, recipe.epochs):
         start = time.perf_counter()
         defense_state, dataset, info = defense.on_epoch(defense_state, epoch, state, train)
         # However the defence made them: as a resumed run has them, and on every process's devices.
-        defense_state, dataset = parallel.replicate((defense_state, dataset), mesh)
+        defense_state, dataset = devices.replicate((defense_state, dataset), mesh)
         chosen = info.pop("chosen", None)
         metrics: dict[str, Any] = {name: float(value) for name, value in info.items()}
         if chosen is not None:
-            metrics["chosen"] = parallel.to_host(chosen)
+            metrics["chosen"] = devices.to_host(chosen)
         metrics["defense_seconds"] = time.perf_counter() - start
         order = epoch_order(data_key, epoch, len(dataset.labels), recipe.batch_size)
         length = None
         if len(dataset.labels) < most_examples:  # the defence has dropped some
             length = recipes.steps_per_epoch(recipe, len(dataset.labels))
             filled = _fill_up((dataset, order), (most_examples, steps_per_epoch))
-            (dataset, order), state = parallel.replicate(
+            (dataset, order), state = devices.replicate(
                 (filled, at_step(state, epoch * steps_per_epoch)), mesh
             )
         state, steps = run_epoch((dataset, defense_state, data_key), state, order, length)
@@ -133,7 +134,7 @@ def fit(
         finished = epoch + 1
         if finished == recipe.epochs:
             trained = time.perf_counter()
-            state = parallel.replicate(defense.finish(defense_state, state), mesh)
+            state = devices.replicate(defense.finish(defense_state, state), mesh)
             jax.block_until_ready(state)
             metrics["defense_seconds"] += time.perf_counter() - trained
         metrics |= means | {"seconds": time.perf_counter() - start}
@@ -197,7 +198,7 @@ def train_step(
         dataset, defense_state, key = constants
         step_key = jax.random.fold_in(key, state.step)
         augment_key, defense_key = jax.random.split(step_key)
-        images, labels = parallel.constrain_examples(
+        images, labels = devices.constrain_examples(
             (to_float(dataset.images[indices]), dataset.labels[indices]), mesh
         )
         batch = dataset._replace(images=augment(augment_key, images), labels=labels)

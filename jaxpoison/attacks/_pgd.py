@@ -1,66 +1,19 @@
-"""Untargeted (availability) attacks with clean labels: x' in [0,1], |x' - x| <= epsilon per pixel.
+"""PGD and DAP, untargeted attacks with clean labels: x' in [0,1], |x' - x| <= epsilon per pixel.
 
     PGD   x' <- project(x' + step sign grad  CE(f(x'), y)),          from a random start
     DAP   x' <- project(x' - step sign grad  CE(f(x'), y + 1 mod K)), from x
-    DURP  x' =  project(x + rho_y),   one rho_y ~ U(-epsilon, epsilon) for each class y
 
 PGD: Madry et al. 2018 (arXiv 1706.06083), used as training poison by Fowl et al. 2021
-(arXiv 2106.10807). DAP and DURP: types P1 and P5 of Tao et al. 2021 (arXiv 2102.04716).
-f is a network trained on clean data, in evaluation mode.
+(arXiv 2106.10807). DAP: type P1 of Tao et al. 2021 (arXiv 2102.04716). f is a network trained on
+clean data, in evaluation mode.
 """
-
-from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpoison import loops, parallel
-from jaxpoison.models import Classifier
-
-
-class Victim(NamedTuple):
-    """The network that an attack is crafted against.
-
-    Attributes:
-      model: the network.
-      variables: its trained `params` and `batch_stats`.
-    """
-
-    model: Classifier
-    variables: Any
-
-
-class CraftFn(Protocol):
-    """Returns poisoned images, float32 like `images`, from clean ones.
-
-    Args:
-      key: PRNG key.
-      victim: the network to craft against.
-      images: float32 [N, H, W, C] in [0, 1].
-      labels: int32 [N].
-      progress: called as `progress(done, total)` with numbers of images, or None.
-    """
-
-    def __call__(
-        self, key: jax.Array, victim: Victim, images: jax.Array, labels: jax.Array, progress=None
-    ) -> jax.Array: ...
-
-
-class Attack(NamedTuple):
-    """An attack.
-
-    Attributes:
-      name: short name, for archives and tables.
-      epsilon: largest absolute change of a pixel, in units of [0, 1].
-      craft: see `CraftFn`.
-      settings: numbers that define the attack, for archives.
-    """
-
-    name: str
-    epsilon: float
-    craft: CraftFn
-    settings: dict[str, float]
+from jaxpoison.attacks.base import Attack, check_epsilon
+from jaxpoison.core import devices, loops
 
 
 def pgd(
@@ -113,28 +66,16 @@ def dap(
     return Attack("dap", epsilon, craft, {"step": step, "num_steps": num_steps})
 
 
-def durp(*, epsilon: float) -> Attack:
-    """Returns class-wise random noise: one draw from U(-epsilon, epsilon) for each class."""
-    check_epsilon(epsilon)
-
-    def craft(key, victim, images, labels, progress=None):
-        shape = (victim.model.num_classes, *images.shape[1:])
-        noise = jax.random.uniform(key, shape, minval=-epsilon, maxval=epsilon)
-        return jnp.clip(images + noise[labels], 0.0, 1.0)
-
-    return Attack("durp", epsilon, craft, {})
-
-
 def _signed_descent(start, objective, epsilon, step, num_steps, batch_size):
     """Returns the `CraftFn` that descends sign * CE(f(x'), y'), with y', sign = objective(y, K)."""
 
     def craft(key, victim, images, labels, progress=None):
-        mesh = parallel.data_mesh()
+        mesh = devices.data_mesh()
         targets, sign = objective(labels, victim.model.num_classes)
 
         def move(constants, current, _):
             variables, images, targets = constants
-            images, current = parallel.constrain_examples((images, current), mesh)
+            images, current = devices.constrain_examples((images, current), mesh)
 
             def loss(x):
                 logits = victim.model.apply(variables, x)
@@ -146,14 +87,14 @@ def _signed_descent(start, objective, epsilon, step, num_steps, batch_size):
             return jnp.clip(moved, 0.0, 1.0), ()
 
         descend = loops.scan(move)
-        variables = parallel.replicate(victim.variables, mesh)
+        variables = devices.replicate(victim.variables, mesh)
         num_images = len(images)
         size, _ = loops.even_batches(num_images, batch_size, mesh)
         crafted = []
         for first in range(0, num_images, size):
             rows = jnp.minimum(jnp.arange(first, first + size), num_images - 1)
             begin = start(jax.random.fold_in(key, first), images[rows])
-            batch, begin = parallel.shard_examples(((images[rows], targets[rows]), begin), mesh)
+            batch, begin = devices.shard_examples(((images[rows], targets[rows]), begin), mesh)
             done, _ = descend((variables, *batch), begin, jnp.arange(num_steps))
             crafted.append(done[: num_images - first])
             if progress is not None:
@@ -162,8 +103,3 @@ def _signed_descent(start, objective, epsilon, step, num_steps, batch_size):
         return jnp.concatenate(crafted)
 
     return craft
-
-
-def check_epsilon(epsilon):
-    if not 0 < epsilon <= 1:
-        raise ValueError(f"epsilon is in units of pixels in [0, 1], not {epsilon}")

@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpoison import loops, parallel, solvers
+from jaxpoison import solvers
+from jaxpoison.attacks.base import Attack, check_epsilon
 from jaxpoison.attacks.descent import check_positive
-from jaxpoison.attacks.untargeted import Attack, check_epsilon
+from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset
 from jaxpoison.models import Classifier
 from jaxpoison.models.unet import UNet
-from jaxpoison.training.fit import epoch_order, train_step
+from jaxpoison.training._fit import epoch_order, train_step
 from jaxpoison.training.recipe import Recipe
 from jaxpoison.training.state import TrainState, init_state
 
@@ -77,17 +78,17 @@ def deep_confuse(*, epsilon: float, config: DeepConfuseConfig = DeepConfuseConfi
 
     def craft(key, victim, images, labels, progress=None):
         num_images, size = len(images), min(config.batch_size, len(images))
-        mesh = parallel.data_mesh(jax.devices()[: math.gcd(size, len(jax.devices()))])
+        mesh = devices.data_mesh(jax.devices()[: math.gcd(size, len(jax.devices()))])
         run = cached(cast(Hashable, victim.model), images.shape[1:], mesh)
-        clean = parallel.replicate(Dataset(np.asarray(images), np.asarray(labels)), mesh)
+        clean = devices.replicate(Dataset(np.asarray(images), np.asarray(labels)), mesh)
         init_key, key = jax.random.split(key)
-        generator = parallel.replicate(run.generator(init_key, clean.images[:1]), mesh)
+        generator = devices.replicate(run.generator(init_key, clean.images[:1]), mesh)
         best, highest = None, -math.inf
         for trial in range(config.trials + 1):
             trial_key = jax.random.fold_in(key, trial)
             old = jax.tree.map(jnp.array, generator.variables)  # copies: the loop donates its carry
             poisoned = clean._replace(images=run.generate(old, clean.images))
-            classifier = parallel.replicate(run.classifier(trial_key), mesh)
+            classifier = devices.replicate(run.classifier(trial_key), mesh)
             order = jnp.concatenate(
                 [
                     epoch_order(trial_key, number, num_images, size)
@@ -202,7 +203,7 @@ def compiled(
     def learn(constants, carry, rows):
         clean, poisoned, key = constants
         generator, classifier = carry
-        images, labels = parallel.constrain_examples((clean.images[rows], clean.labels[rows]), mesh)
+        images, labels = devices.constrain_examples((clean.images[rows], clean.labels[rows]), mesh)
 
         def apply(params, images):
             variables = {"params": params, "batch_stats": classifier.batch_stats}

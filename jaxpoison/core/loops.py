@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpoison import parallel
+from jaxpoison.core import devices
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
@@ -134,7 +134,7 @@ def fold_batches(
     """
 
     def step(constants, carry, batch):
-        return fn(constants, carry, *parallel.constrain_examples(batch, mesh))
+        return fn(constants, carry, *devices.constrain_examples(batch, mesh))
 
     apply = scan(step)
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpoison.solvers.base import Solver, check_count, check_positive, solve_and_measure
-from jaxpoison.solvers.eigenvalues import power_iteration
-from jaxpoison.solvers.trees import add_scaled, norm
+from jaxpoison.core.checks import check_count, check_positive
+from jaxpoison.core.trees import add_scaled, norm
+from jaxpoison.solvers._spectrum import power_iteration
+from jaxpoison.solvers.base import Solver, solve_and_measure
 
 STEPS_PER_CHECK = 25  # between looks at whether the recursion has diverged or come to rest
 EXPLODED = 1e3  # times ||v|| / damping, above which no solution of a definite system lies

@@ -5,14 +5,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from jaxpoison.curvature import at_least_float32
-from jaxpoison.solvers.base import (
-    Solver,
-    check_count,
-    check_positive,
-    rounding,
-    solve_and_measure,
-)
+from jaxpoison.core.checks import check_count, check_positive
+from jaxpoison.core.trees import at_least_float32
+from jaxpoison.solvers.base import Solver, rounding, solve_and_measure
 
 
 def cholesky(*, damping: float, max_size: int = 20_000, rows_at_once: int = 128) -> Solver:

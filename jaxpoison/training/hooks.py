@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from jaxpoison import parallel
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 
 State = Any  # a pytree of arrays: what must survive from epoch to epoch (and in checkpoints)
@@ -140,7 +140,7 @@ def chain(*defenses: Defense) -> Defense:
             part, dataset, info = defense.on_epoch(part, epoch, train_state, dataset)
             if "chosen" in info and len(rows) < num_examples:
                 chosen = np.zeros(num_examples, bool)
-                chosen[rows] = parallel.to_host(info["chosen"])
+                chosen[rows] = devices.to_host(info["chosen"])
                 info = {**info, "chosen": chosen}
             rows = rows[defense.keep(part, len(rows))]
             states.append(part)

@@ -1,12 +1,14 @@
 """Linear algebra on pytrees: each is one vector of the concatenation of its leaves."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpoison.curvature import Params
+Params = Any  # a pytree of arrays
+LinearMap = Callable[[Params], Params]
 
 
 def dot(x: Params, y: Params) -> jax.Array:
@@ -21,3 +23,18 @@ def norm(x: Params) -> jax.Array:
 
 def add_scaled(x: Params, scale: Any, y: Params) -> Params:
     return jax.tree.map(lambda a, b: (a + scale * b).astype(a.dtype), x, y)
+
+
+def at_least_float32(tree: Any) -> Any:
+    """Returns `tree` with half-precision leaves raised to float32; float64 stays."""
+
+    def raise_precision(x):
+        x = jnp.asarray(x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    return jax.tree.map(raise_precision, tree)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Returns `tree` with the dtypes of `like`."""
+    return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), tree, like)

@@ -7,15 +7,15 @@ already in 8-bit pixels: what is judged is what an archive or an image file hold
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpoison import solvers
-from jaxpoison.attacks.poisoned import PoisonedDataset, Progress, Target, to_uint8
-from jaxpoison.attacks.untargeted import Victim
+from jaxpoison.attacks.archive import PoisonedDataset, Target, to_uint8
+from jaxpoison.attacks.base import Progress, TargetedAttack, Victim
 from jaxpoison.data import Dataset, check
 
 
@@ -35,57 +35,6 @@ class Trials(NamedTuple):
     target_ids: np.ndarray
     base_labels: np.ndarray
     rows: np.ndarray
-
-
-class Crafted(NamedTuple):
-    """Poisons, and evidence that crafting them got somewhere.
-
-    Attributes:
-      images: float32 [T, P, H, W, C] in [0, 1], within the budget of the base images.
-      objective: float32 [S, T], what was minimised, before each of S steps.
-    """
-
-    images: jax.Array
-    objective: jax.Array
-
-
-class TargetedCraftFn(Protocol):
-    """Returns the poisons of T trials.
-
-    Args:
-      keys: typed PRNG keys [T]; a trial's poisons depend on its own key alone.
-      substitutes: networks that the attacker holds; the victim's own among them is a white box.
-      bases: float32 [T, P, H, W, C] in [0, 1].
-      base_labels: int32 [T], labels of the bases and goal of the attack.
-      targets: float32 [T, V, H, W, C] in [0, 1].
-      progress: called as `progress(done, total)` with numbers of poisons, or None.
-    """
-
-    def __call__(
-        self,
-        keys: jax.Array,
-        substitutes: Sequence[Victim],
-        bases: jax.Array,
-        base_labels: jax.Array,
-        targets: jax.Array,
-        progress=None,
-    ) -> Crafted: ...
-
-
-class TargetedAttack(NamedTuple):
-    """An `Attack` with a target.
-
-    Attributes:
-      name: short name, for archives and tables.
-      epsilon: largest absolute change of a pixel, in units of [0, 1].
-      craft: see `TargetedCraftFn`.
-      settings: what defines the attack, JSON-able, for archives.
-    """
-
-    name: str
-    epsilon: float
-    craft: TargetedCraftFn
-    settings: dict[str, Any]
 
 
 def draw_trials(

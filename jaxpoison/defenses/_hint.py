@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpoison import curvature, influence, loops, parallel, solvers
+from jaxpoison import curvature, influence, solvers
+from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, check, check_trusted, to_float
-from jaxpoison.defenses.base import Defense, keep_batch
 from jaxpoison.models import Classifier
+from jaxpoison.training.hooks import Defense, keep_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +118,8 @@ def hint(
     """
     _check(config)
     check_trusted(trusted, model.num_classes)
-    mesh = parallel.data_mesh() if mesh is None else mesh
-    trusted = parallel.replicate(trusted, mesh)
+    mesh = devices.data_mesh() if mesh is None else mesh
+    trusted = devices.replicate(trusted, mesh)
     solver = _solver(config)
     step_scale = jnp.asarray(model.std) ** 2 if config.coordinates == "normalised" else 1.0
 
@@ -176,7 +177,7 @@ def hint(
         """The state without the entries that `mass` leaves over, so that they cost nothing."""
         if config.mass is None:
             return state
-        count = int(np.searchsorted(parallel.to_host(state.chosen), num_examples))
+        count = int(np.searchsorted(devices.to_host(state.chosen), num_examples))
         return state._replace(chosen=state.chosen[:count], noise=state.noise[:count])
 
     @jax.jit
@@ -212,7 +213,7 @@ def hint(
     def init(key, dataset):
         check(dataset, model.num_classes)
         num_chosen = _num_chosen(config, len(dataset.labels))
-        return parallel.replicate(
+        return devices.replicate(
             HintState(
                 key=key,
                 chosen=jnp.arange(num_chosen, dtype=jnp.int32),

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from jaxpoison.curvature import LinearMap, Params, at_least_float32, device_local
-from jaxpoison.solvers.base import Solver, check_count, check_positive, solve_and_measure
+from jaxpoison.core.checks import check_count, check_positive
+from jaxpoison.core.spmd import device_local
+from jaxpoison.core.trees import LinearMap, Params, at_least_float32
+from jaxpoison.solvers.base import Solver, solve_and_measure
 
 HIGHEST = lax.Precision.HIGHEST
 

@@ -24,10 +24,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpoison import loops, parallel
+from jaxpoison.attacks.base import Crafted, TargetedAttack, check_epsilon
 from jaxpoison.attacks.descent import check_positive, normal_start, projection, signed_adam
-from jaxpoison.attacks.targeted import Crafted, TargetedAttack
-from jaxpoison.attacks.untargeted import check_epsilon
+from jaxpoison.core import devices, loops
 from jaxpoison.data import random_translate_flip
 
 
@@ -75,7 +74,7 @@ def gradient_matching(
     )
 
     def craft(keys, substitutes, bases, base_labels, targets, progress=None):
-        mesh = parallel.data_mesh()
+        mesh = devices.data_mesh()
         models = tuple(substitute.model for substitute in substitutes)
         begin, run = compiled(models, mesh)
         variables = [substitute.variables for substitute in substitutes]
@@ -83,7 +82,7 @@ def gradient_matching(
         images, objectives = [], []
         for index in range(num_trials):
             trial = _Trial(keys[index], bases[index], base_labels[index], targets[index])
-            placed = parallel.replicate((variables, trial), mesh)
+            placed = devices.replicate((variables, trial), mesh)
             results = []
             for restart in range(restarts):
                 constants, carry = begin(*placed, restart)
@@ -203,8 +202,8 @@ def _compiled(models, mesh, epsilon, learning_rate, num_steps, augment, batch_si
         step_key = jax.random.fold_in(trial.key, index)
 
         def loss(model, one, params, images, batch):
-            rows, weights = parallel.constrain_examples(batch, mesh)
-            images = parallel.constrain_examples(images, mesh)
+            rows, weights = devices.constrain_examples(batch, mesh)
+            images = devices.constrain_examples(images, mesh)
             if augment is not None:
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, rows)
                 images = random_translate_flip(

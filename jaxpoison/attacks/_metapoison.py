@@ -22,13 +22,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpoison import loops, parallel
+from jaxpoison.attacks.base import Crafted, TargetedAttack, check_epsilon
 from jaxpoison.attacks.descent import check_positive
-from jaxpoison.attacks.targeted import Crafted, TargetedAttack
-from jaxpoison.attacks.untargeted import check_epsilon
+from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, check, to_float
 from jaxpoison.models import Classifier
-from jaxpoison.training.fit import epoch_order, train_step
+from jaxpoison.training._fit import epoch_order, train_step
 from jaxpoison.training.recipe import Recipe
 from jaxpoison.training.state import TrainState, init_state
 
@@ -135,8 +134,8 @@ def metapoison(
                 f"{num_poisons} poisons, {config.poisons_per_batch} in a batch, need {groups} "
                 f"batches; an epoch has {num_batches}: put more of them into a batch"
             )
-        mesh = parallel.data_mesh(jax.devices()[: math.gcd(config.batch_size, len(jax.devices()))])
-        keys, bases, base_labels, targets, images = parallel.replicate(
+        mesh = devices.data_mesh(jax.devices()[: math.gcd(config.batch_size, len(jax.devices()))])
+        keys, bases, base_labels, targets, images = devices.replicate(
             (keys, bases, base_labels, targets, data), mesh
         )
         networks = [compiled(cast(Hashable, one.model), mesh) for one in substitutes]

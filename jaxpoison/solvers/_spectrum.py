@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpoison.curvature import LinearMap, Params, at_least_float32, device_local
-from jaxpoison.solvers.base import check_count
-from jaxpoison.solvers.trees import dot, norm
+from jaxpoison.core.checks import check_count
+from jaxpoison.core.spmd import device_local
+from jaxpoison.core.trees import LinearMap, Params, at_least_float32, dot, norm
 
 
 class Spectrum(NamedTuple):

@@ -7,7 +7,6 @@ weights, as in HINT's (arXiv 2309.08549) (`scratch_outcome`).
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpoison import parallel
-from jaxpoison.attacks.poisoned import PoisonedDataset, Target
-from jaxpoison.attacks.untargeted import Victim
+from jaxpoison.attacks.archive import PoisonedDataset, Target
+from jaxpoison.attacks.base import Victim
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset, check, to_float
-from jaxpoison.defenses.base import Defense, none
+from jaxpoison.evaluation.statistics import wilson
 from jaxpoison.models import Classifier
 from jaxpoison.training import Recipe, evaluation, fit, heads
 from jaxpoison.training.heads import HEAD, HeadRecipe
+from jaxpoison.training.hooks import Defense, none
 
 
 class Outcome(NamedTuple):
@@ -62,25 +62,6 @@ class ScratchOutcome(NamedTuple):
         return wilson(int(self.success.sum()), len(self.success))
 
 
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Returns the score interval of a rate, in [0, 1] (Wilson 1927).
-
-    Args:
-      successes: 0 to `trials`.
-      trials: at least 1.
-      z: half its width in standard deviations; 1.96 is 95 %.
-
-    Raises:
-      ValueError: for counts that are none.
-    """
-    if not 0 <= successes <= trials or trials < 1:
-        raise ValueError(f"{successes} successes in {trials} trials is no rate")
-    rate, share = successes / trials, z**2 / trials
-    middle = (rate + share / 2) / (1 + share)
-    half = math.sqrt(rate * (1 - rate) * share + share**2 / 4) / (1 + share)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def scratch_outcome(
     key: jax.Array,
     model: Classifier,
@@ -112,7 +93,7 @@ def scratch_outcome(
     """
     targets = _checked(poisoned, test, model.num_classes)
     defense = none() if defense is None else defense
-    mesh = parallel.data_mesh()
+    mesh = devices.data_mesh()
     predict = evaluation.evaluator(model, mesh=mesh)
     answers = []
     for trial, (one, target) in enumerate(zip(poisoned, targets, strict=True)):
