@@ -33,9 +33,9 @@ from transfer_setting import first_of_each_class, read
 
 from jaxpoison import evaluation, filters
 from jaxpoison.attacks import feature_space
-from jaxpoison.attacks.trials import quantise
 from jaxpoison.core import loops
 from jaxpoison.data import to_float
+from jaxpoison.data.pixels import quantize
 
 LAMBDAS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
 KAPPA = 0.01
@@ -75,7 +75,7 @@ def study(options: argparse.Namespace) -> None:
         )
 
         def judged(name, poisons, potency):
-            images = quantise(np.asarray(poisons), np.asarray(bases), epsilon)
+            images = quantize(np.asarray(poisons), np.asarray(bases), epsilon)
             outcome = judge(work, bench, trials, images, options.gamma)
             return {"lambda": name, "objective": float(np.mean(potency)), **outcome}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxpoison import attacks, models, training
 from jaxpoison.attacks import TargetedAttack
-from jaxpoison.data import Dataset, embedded, sources
+from jaxpoison.data import Dataset, embedded, readers
 from jaxpoison.defenses import HintConfig
 from jaxpoison.training import Recipe
 
@@ -199,7 +199,7 @@ def load(config: Config) -> Sets:
         pool, test = (embedded.read_part("cifar10", part)[0] for part in ("train", "test"))
         source = "embedded slice of CIFAR-10"
     else:
-        pool, test, source = sources.read("cifar10", data_dir=config.data_dir)
+        pool, test, source = readers.read("cifar10", data_dir=config.data_dir)
     sizes = dataclasses.astuple(config.parts)
     members = [np.flatnonzero(pool.labels == label) for label in np.unique(pool.labels)]
     smallest = min(map(len, members))

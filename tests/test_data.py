@@ -1,4 +1,4 @@
-"""Data: checks, splits, sources, preparation of TFDS folders, embedded images, augmentation."""
+"""Data: checks, splits, readers, preparation of TFDS folders, embedded images, augmentation."""
 
 import functools
 import gzip
@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 
 from jaxpoison import data
-from jaxpoison.data import archives, augment, catalogue, embedded, prepare, sources
+from jaxpoison.data import augment, catalogue, embedded, prepare, readers
 from jaxpoison.data.embedded import make
+from jaxpoison.data.readers import archives, named
+from jaxpoison.data.readers import tfds as tfds_reader
 
 # The archives that the tests write are small, of which `archives.read` warns.
 pytestmark = pytest.mark.filterwarnings("ignore:.* images in .*, officially:UserWarning")
@@ -77,9 +79,12 @@ def with_pixel(value):
     ("dataset", "message"),
     [
         (good()._replace(images=good().images[..., 0]), r"images have shape \(4, 2, 2\)"),
-        (good()._replace(images=good().images.astype(np.float64)), "images are float64"),
+        (
+            good()._replace(images=good().images.astype(np.float64)),
+            r"images are float64; .*float32\)",
+        ),
         (good()._replace(images=good().images.astype(np.int32)), "images are int32"),
-        (good()._replace(labels=np.eye(4, dtype=np.int32)), r"labels have shape \(4, 4\)"),
+        (good()._replace(labels=np.eye(4, dtype=np.int32)), "label 3 of example 3"),
         (good()._replace(labels=good().labels.astype(np.int64)), "labels are int64"),
         (good()._replace(labels=good().labels[:3]), "4 images but 3 labels"),
         (data.Dataset(good().images[:0], good().labels[:0]), "is empty"),
@@ -141,9 +146,7 @@ EMBEDDED = {"cifar10": (2500, 500, 1000), "mnist": (5000, 500, 2000)}
 
 @pytest.mark.parametrize("name", NAMES)
 def test_load_embedded(name):
-    start = time.perf_counter()
     splits = data.load_embedded(name, seed=4)
-    assert time.perf_counter() - start < 2
     facts = catalogue.entry(name)
     parts = splits.train, splits.validation, splits.test
     assert tuple(len(part.labels) for part in parts) == EMBEDDED[name]
@@ -215,7 +218,7 @@ def test_choose_balanced_excludes():
 def read_full(name):
     for folder in (os.environ.get("TFDS_DATA_DIR"), ROOT.parent / "shared" / "data" / "tfds"):
         if folder and (Path(folder) / name).is_dir():
-            return sources.read(name, data_dir=folder)
+            return readers.read(name, data_dir=folder)
     return None
 
 
@@ -239,7 +242,7 @@ def test_embedded_images_equal_the_full_set(full):
 
 def test_load_full(full, monkeypatch):
     name, original = full
-    monkeypatch.setattr(sources, "read", lambda *args, **kwargs: original)
+    monkeypatch.setattr(named, "read", lambda *args, **kwargs: original)
     splits = data.load(name, seed=1)
     facts = catalogue.entry(name)
     sizes = [len(part.images) for part in (splits.train, splits.validation, splits.test)]
@@ -262,7 +265,7 @@ def test_cifar10_comes_in_its_original_order(full):
         )
 
 
-# ---- sources.py: .npz files and messages ----
+# ---- readers: .npz files and messages ----
 
 
 def save_npz(path, name, *, save=np.savez, **changes):
@@ -302,27 +305,27 @@ def test_npz_goes_before_a_folder_and_tfds_data_dir_is_the_default(tmp_path, mon
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     assert len(data.load("mnist").train.labels) == 100
     monkeypatch.delenv("TFDS_DATA_DIR")
-    assert sources.default_data_dir() == Path.home() / "tensorflow_datasets"
+    assert tfds_reader.default_data_dir() == Path.home() / "tensorflow_datasets"
 
 
 def test_npz_grey_images_may_lack_the_channel_axis(tmp_path):
     images = random_dataset("mnist", 1100).images
     save_npz(tmp_path / "x.npz", "mnist", train_images=images[..., 0])
-    original = sources.read("mnist", data_dir=tmp_path / "x.npz")
+    original = readers.read("mnist", data_dir=tmp_path / "x.npz")
     np.testing.assert_array_equal(original.train.images, images)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"test_labels": None}, r"x\.npz lacks test_labels; it must hold train_images"),
+        ({"test_labels": None}, r"x\.npz lacks test_labels; .* holds train_images"),
         ({"train_images": None, "train_labels": None}, "lacks train_images, train_labels"),
         ({"train_images": np.zeros((9, 28, 28, 1), np.uint8)}, r"expected uint8 \[N, 32, 32, 3\]"),
         ({"test_images": np.zeros((30, 32, 32, 3), np.float32)}, "test_images are float32"),
-        ({"test_labels": np.zeros(30)}, "test_labels are float64; expected integers"),
-        ({"test_labels": np.full(30, 2**33)}, r"lie in 8589934592\.\.8589934592; expected 0\.\.9"),
+        ({"test_labels": np.full(30, 0.5)}, "30 labels are not whole numbers, the first is 0.5"),
+        ({"test_labels": np.full(30, 2**33)}, r"label 8589934592 of example 0; expected 0 to 9"),
         ({"test_labels": np.zeros(29, np.int64)}, "30 images but 29 labels"),
-        ({"test_labels": np.array([None] * 30)}, "Object arrays cannot be loaded"),
+        ({"test_labels": np.array([None] * 30)}, "entry 'test_labels' .* never objects"),
     ],
 )
 def test_incomplete_npz_names_file_and_fault(changes, message, tmp_path):
@@ -358,12 +361,14 @@ def test_broken_npz_names_the_file(damage, save, tmp_path):
             "npy": array.getvalue(),
         }[damage]
     )
-    with pytest.raises(ValueError, match=r"x\.npz cannot be read as an \.npz file: .+"):
+    with pytest.raises(
+        ValueError, match=r"x\.npz cannot be read as an \.npz file of images and labels: .+"
+    ):
         data.load("mnist", data_dir=path)
 
 
 def test_missing_data_says_where_it_looked_and_what_to_do(tmp_path):
-    with pytest.raises(sources.MissingDataError) as error:
+    with pytest.raises(readers.MissingDataError) as error:
         data.load("cifar10", data_dir=tmp_path)
     assert isinstance(error.value, FileNotFoundError)
     for part in (
@@ -375,7 +380,7 @@ def test_missing_data_says_where_it_looked_and_what_to_do(tmp_path):
         'jaxpoison.data.load_embedded("cifar10")',
     ):
         assert part in str(error.value)
-    with pytest.raises(sources.MissingDataError, match=r"Looked for \S*gone\.npz\. Three ways"):
+    with pytest.raises(readers.MissingDataError, match=r"Looked for \S*gone\.npz\. Three ways"):
         data.load("cifar10", data_dir=tmp_path / "gone.npz")
 
 
@@ -393,7 +398,7 @@ def test_folders_in_another_format_or_unfinished_do_not_count(tmp_path):
     ):
         (tmp_path / "mnist" / version).mkdir(parents=True)
         (tmp_path / "mnist" / version / "dataset_info.json").write_text(text)
-    with pytest.raises(sources.MissingDataError):
+    with pytest.raises(readers.MissingDataError):
         data.load("mnist", data_dir=tmp_path)
     with pytest.raises(ValueError, match="incomplete or not in array_record format"):
         prepare.prepare("mnist", tmp_path)
@@ -489,7 +494,7 @@ def test_prepare_from_archives(tfds, name, packed, tmp_path):
         folder = prepare.prepare(name, tmp_path / "out", archives_dir=tmp_path / "raw")
     assert patched_functions() == before
     assert folder.parent == tmp_path / "out" / name
-    original = sources.read(name, data_dir=tmp_path / "out")
+    original = readers.read(name, data_dir=tmp_path / "out")
     assert_same(name, original[:2], want)
     # TFDS finds it by name, and with its own names for the classes.
     source = tfds.data_source(name, split="test", data_dir=tmp_path / "out", download=False)
@@ -511,7 +516,7 @@ def test_patches_are_undone_after_an_error(tfds, tmp_path, monkeypatch):
     with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="no ink"):
         prepare.prepare("mnist", tmp_path / "out", archives_dir=tmp_path / "raw")
     assert patched_functions() == before
-    with pytest.raises(sources.MissingDataError):
+    with pytest.raises(readers.MissingDataError):
         data.load("mnist", data_dir=tmp_path / "out")
 
 
@@ -629,17 +634,19 @@ def test_image_size_other_than_28(tmp_path):
 
 def test_unwritable_target_stops_before_any_work(tfds, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match=r"cannot write into .*file.*choose another --data-dir"):
+    with pytest.raises(OSError, match=r"cannot write to .*file.*choose another folder"):
         prepare.prepare("mnist", tmp_path / "file" / "out", archives_dir=tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("call", [prepare.prepare, sources.load])
+@pytest.mark.parametrize("call", [prepare.prepare, readers.load])
 def test_missing_packages_are_named(tfds, call, tmp_path, monkeypatch):
     version = tmp_path / "mnist" / "1.0.0"
     version.mkdir(parents=True)
     (version / "dataset_info.json").write_text(json.dumps({"fileFormat": "array_record"}))
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ImportError, match="pip install tensorflow-datasets array_record"):
+    with pytest.raises(
+        ImportError, match=r"tensorflow_datasets cannot be imported .*jaxpoison\[tfds\]"
+    ):
         call("mnist", data_dir=tmp_path)
 
 
@@ -704,7 +711,7 @@ def test_prepare_downloads(tfds, name, server, tmp_path, monkeypatch):
     publish_checksums(server, tmp_path / "served", monkeypatch)
     with pytest.warns(UserWarning, match="officially"):
         prepare.prepare(name, tmp_path / "out")
-    assert_same(name, sources.read(name, data_dir=tmp_path / "out")[:2], want)
+    assert_same(name, readers.read(name, data_dir=tmp_path / "out")[:2], want)
 
 
 def test_wrong_checksum_is_refused(tfds, server, tmp_path, monkeypatch):
@@ -713,7 +720,7 @@ def test_wrong_checksum_is_refused(tfds, server, tmp_path, monkeypatch):
     publish_checksums(server, tmp_path / "served", monkeypatch, lambda checksum: checksum[::-1])
     with pytest.raises(ValueError, match=r"not the published one.*wrong checksum"):
         prepare.prepare("mnist", tmp_path / "out")
-    with pytest.raises(sources.MissingDataError):
+    with pytest.raises(readers.MissingDataError):
         data.load("mnist", data_dir=tmp_path / "out")
 
 

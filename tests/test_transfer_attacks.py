@@ -12,8 +12,8 @@ import pytest
 
 from jaxpoison import attacks, evaluation, models, solvers, training
 from jaxpoison.attacks import feature_space
-from jaxpoison.attacks.trials import quantise
 from jaxpoison.data import Dataset, load_embedded
+from jaxpoison.data.pixels import quantize
 
 EPSILON = 0.1  # 25.5 of 255: no whole number, so that plain rounding would break it
 NUM_CLASSES = 4
@@ -210,13 +210,13 @@ def test_float_images_are_shipped_in_8_bits_within_the_budget():
     assert np.abs(one.images.astype(int) - TRAIN.images).max() == 25
 
 
-def test_quantise_stays_within_any_budget():
+def test_quantize_stays_within_any_budget():
     rng = np.random.default_rng(0)
     for epsilon in (0.5 / 255, 1 / 255, 8 / 255, 0.1, 0.3):
         for bases in (rng.random(500), rng.integers(0, 256, 500) / 255):
             bases = bases.astype(np.float32)
             images = np.clip(bases + rng.uniform(-epsilon, epsilon, 500), 0, 1).astype(np.float32)
-            exported = quantise(images, bases, epsilon)
+            exported = quantize(images, bases, epsilon)
             assert exported.dtype == np.uint8
             assert np.abs(exported / 255 - bases).max() <= epsilon + 1e-5
             assert np.abs(exported / 255 - images).max() <= 1 / 255

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxpoison.core.files import replacing
 from jaxpoison.data import Dataset, check
+from jaxpoison.data.pixels import to_uint8
 
 
 class Target(NamedTuple):
@@ -153,9 +154,3 @@ def _target(entries, num_classes, path):
             f"{entries['images'].shape[1:]}"
         )
     return Target(views, *numbers.tolist())
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Returns images in 0..255: float ones times 255 and rounded, uint8 ones as they are."""
-    images = np.asarray(images)
-    return images if images.dtype == np.uint8 else np.round(images * 255).astype(np.uint8)

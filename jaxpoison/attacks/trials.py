@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpoison import solvers
-from jaxpoison.attacks.archive import PoisonedDataset, Target, to_uint8
+from jaxpoison.attacks.archive import PoisonedDataset, Target
 from jaxpoison.attacks.base import Progress, TargetedAttack, Victim
 from jaxpoison.data import Dataset, check
+from jaxpoison.data.pixels import quantize, to_uint8, to_unit
 
 
 class Trials(NamedTuple):
@@ -157,14 +158,14 @@ def poison(
     """
     _check_trials(train, trials, substitutes)
     shipped = to_uint8(train.images)
-    bases = _to_unit(train.images)[trials.rows]
+    bases = to_unit(train.images)[trials.rows]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(trials.target_ids))
     crafted = attack.craft(
         keys,
         substitutes,
         jnp.asarray(bases),
         jnp.asarray(trials.base_labels),
-        jnp.asarray(_to_unit(trials.targets)),
+        jnp.asarray(to_unit(trials.targets)),
         None if progress is None else lambda done, total: progress(attack.name, done, total),
     )
     images, objective = np.asarray(crafted.images), np.asarray(crafted.objective)
@@ -175,7 +176,7 @@ def poison(
             f"{attack.name} diverged in {len(bad)} of {len(sums)} trials, the first is trial "
             f"{bad[0]}: try a smaller step or learning rate"
         )
-    exported = quantise(images, bases, attack.epsilon)
+    exported = quantize(images, bases, attack.epsilon)
     settings = {"name": attack.name, "epsilon": attack.epsilon, **attack.settings}
     sets = []
     for trial, rows in enumerate(trials.rows):
@@ -197,24 +198,6 @@ def poison(
         labels = np.asarray(train.labels, np.int32)
         sets.append(PoisonedDataset(poisoned, labels, attack_id, config, target))
     return sets
-
-
-def quantise(images: np.ndarray, bases: np.ndarray, epsilon: float) -> np.ndarray:
-    """Returns `images` as uint8, rounded but never out of the budget around `bases`.
-
-    Plain rounding would cross a budget that is no whole number of 255ths: 0.1 is 25.5 of them.
-
-    Args:
-      images: float32 in [0, 1], any shape.
-      bases: float32 in [0, 1], the same shape.
-      epsilon: largest absolute change of a pixel, in units of [0, 1]; at least half of 1/255.
-    """
-    slack = 1e-3  # float32 images of 8-bit origin are whole numbers up to about 1e-5
-    low = np.ceil(255 * (bases.astype(np.float64) - epsilon) - slack)
-    high = np.floor(255 * (bases.astype(np.float64) + epsilon) + slack)
-    return np.clip(np.round(255 * images), np.maximum(low, 0), np.minimum(high, 255)).astype(
-        np.uint8
-    )
 
 
 def _check_trials(train: Dataset, trials: Trials, substitutes: Sequence[Victim]) -> None:
@@ -264,8 +247,3 @@ def _check_trials(train: Dataset, trials: Trials, substitutes: Sequence[Victim])
 def _check_positive(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, not {value}")
-
-
-def _to_unit(images: np.ndarray) -> np.ndarray:
-    images = np.asarray(images)
-    return images.astype(np.float32) / 255 if images.dtype == np.uint8 else images

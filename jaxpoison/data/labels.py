@@ -7,6 +7,7 @@ this runs on the host, on concrete arrays. No value is cast before its range has
 
 from typing import Any
 
+import jax
 import numpy as np
 
 _LARGEST = np.iinfo(np.int32).max
@@ -80,10 +81,14 @@ def _as_vector(y: Any, name: str) -> np.ndarray:
     """Returns the labels as integers, booleans or strings [N], N >= 1."""
     labels = _as_array(y, name)
     if labels.ndim == 2 and len(labels):
-        labels = _from_one_hot(labels, name)
+        column = f"{_argument(name)}[:, 0]"
+        if not isinstance(y, np.ndarray | jax.Array):
+            column = f"np.asarray({_argument(name)})[:, 0]"
+        labels = _from_one_hot(labels, name, column)
     if labels.ndim != 1 or not len(labels):
         raise ValueError(
-            f"{name} has shape {labels.shape}; expected [N], one label for each of N >= 1 examples"
+            f"{name}: labels have shape {labels.shape}; expected [N], one label for each of N >= 1 "
+            "examples"
         )
     kind = labels.dtype.kind
     if kind in "OT":  # T is NumPy's StringDType, whose missing values only show as objects
@@ -98,8 +103,8 @@ def _as_vector(y: Any, name: str) -> np.ndarray:
 def _as_array(y: Any, name: str) -> np.ndarray:
     if hasattr(y, "images") or hasattr(y, "dataset") or isinstance(y, dict | set | str | bytes):
         raise TypeError(
-            f"{name} is a {type(y).__name__}; expected [N] labels, for instance its "
-            "`labels` where it is a data set"
+            f"{name}: got a {type(y).__name__}; expected [N] labels, for instance the `labels` of "
+            "a data set"
         )
     if np.ma.is_masked(y):
         masked = np.ma.getmaskarray(y)
@@ -112,30 +117,29 @@ def _as_array(y: Any, name: str) -> np.ndarray:
         array = np.asarray(y, object) if isinstance(y, list | tuple) else np.asarray(y)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{name} is a {type(y).__name__} that NumPy cannot read as one array; expected [N] "
+            f"{name}: got a {type(y).__name__} that NumPy cannot read as one array; expected [N] "
             "labels"
         ) from error
     if array.ndim == 0:
-        raise TypeError(f"{name} is a single {type(y).__name__}; expected [N] labels")
+        raise TypeError(f"{name}: got a single {type(y).__name__}; expected [N] labels")
     return array
 
 
-def _from_one_hot(rows: np.ndarray, name: str) -> np.ndarray:
-    """Returns the column of the 1 in each row, int64 [N]."""
-    count, width = rows.shape
-    if width == 1:
+def _from_one_hot(rows: np.ndarray, name: str, column: str) -> np.ndarray:
+    """Returns where the 1 is in each row, int64 [N]; `column` is the advice for [N, 1]."""
+    if rows.shape[1] == 1:
         raise ValueError(
-            f"{name} is a column of shape {rows.shape}; expected [N]. Use {_argument(name)}[:, 0]"
+            f"{name}: labels are a column of shape {rows.shape}; expected [N]. Use {column}"
         )
     if rows.dtype.kind == "O":
         rows = np.stack([_from_objects(row, name) for row in rows])
     if rows.dtype.kind not in "iubf":
-        raise ValueError(f"{name} has shape {rows.shape}; expected [N], one label each")
+        raise ValueError(f"{name}: labels have shape {rows.shape}; expected [N], one label each")
     one_hot = ((rows == 0) | (rows == 1)).all(axis=1) & ((rows == 1).sum(axis=1) == 1)
     if not one_hot.all():
         raise ValueError(
-            f"{name} has shape {rows.shape}; expected [N], or one-hot rows with a single 1: row "
-            f"{int((~one_hot).argmax())} is none"
+            f"{name}: labels have shape {rows.shape}; expected [N], or one-hot rows with a single "
+            f"1: row {int((~one_hot).argmax())} is none"
         )
     return rows.argmax(axis=1)
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxpoison.data import catalogue
 from jaxpoison.data.dataset import Dataset
 from jaxpoison.data.embedded import COLUMNS
-from jaxpoison.data.sources import read
+from jaxpoison.data.readers import read
 
 SEED = 20_091
 WEBP_METHOD = 6  # effort of libwebp, 0 to 6: the smallest files, and the slowest to write
@@ -84,7 +84,7 @@ def make(name: str, parts: dict[str, Dataset], out_dir: Path, num_images: dict[s
 
     Args:
         name: "cifar10" or "mnist".
-        parts: the full "train" and "test" set, in the order in which `sources.read` gives them.
+        parts: the full "train" and "test" set, in the order in which `readers.read` gives them.
         out_dir: where to write.
         num_images: how many images of each part to take.
     """

@@ -5,12 +5,14 @@ red plane first. MNIST is in IDX format: a big-endian header, then one byte for 
 """
 
 import gzip
+import io
 import math
+import os
 import tarfile
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -28,24 +30,32 @@ MNIST_FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 _RECORD_BYTES = 1 + 3 * 32 * 32
+# What is read at most, unpacked: the official files hold a fraction of it.
+_MOST_IMAGES = catalogue.MOST_COPIES * 10_000
+_MOST_CIFAR10_BYTES = _MOST_IMAGES * _RECORD_BYTES
+_MOST_MNIST_BYTES = catalogue.MOST_COPIES * (16 + 60_000 * 28 * 28)
 # IDX magic numbers: 0x08 means unsigned bytes, the last byte is the number of axes.
 _IDX_IMAGES, _IDX_LABELS = 0x0803, 0x0801
 
 
-def find(name: str, folder: Path) -> list[Path]:
+def find(name: str, folder: str | os.PathLike[str]) -> list[Path]:
     """Returns the paths of the original files of a data set in `folder`.
 
     Args:
         name: "cifar10" or "mnist".
         folder: holds cifar-10-binary.tar.gz or its unpacked cifar-10-batches-bin (or is that
-            folder), or the four MNIST files, with or without ".gz".
+            folder), or the four MNIST files, with or without ".gz"; `~` stands for home.
 
     Returns:
         One archive or folder for CIFAR-10; for MNIST four files, in the order of `MNIST_FILES`.
 
     Raises:
         FileNotFoundError: if something is missing; the message lists it.
+        NotADirectoryError: if `folder` is a file.
     """
+    folder = Path(folder).expanduser()
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; give the folder that holds it")
     if name == "cifar10":
         some_file = CIFAR10_FILES["test"][0]
         candidates = [folder / CIFAR10_ARCHIVE, folder / CIFAR10_FOLDER / some_file]
@@ -113,29 +123,49 @@ def _folder_reader(path: Path) -> Callable[[str], bytes]:
     missing = [file for file in files if not (path / file).is_file()]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    return lambda file: (path / file).read_bytes()
+    return lambda file: _read_at_most(_MOST_CIFAR10_BYTES, path / file)
 
 
 def _tar_reader(path: Path) -> Callable[[str], bytes]:
     """Returns a function from the name of a CIFAR-10 file to its bytes in the archive."""
     wanted = {file for files in CIFAR10_FILES.values() for file in files}
     contents = {}
-    try:
-        with tarfile.open(path) as archive:
-            # In one pass, and into memory: nothing that the archive names is written anywhere.
-            for member in archive:
-                file = Path(member.name).name
-                stream = archive.extractfile(member) if file in wanted else None
-                if stream is not None:
-                    contents[file] = stream.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(
-            f"{path} is damaged or no tar archive ({error}); fetch it again"
-        ) from error
+    with path.open("rb") as packed, _unpacked(packed) as stream:
+        try:
+            # As a stream, in one pass, and into memory: nothing that the archive names is written
+            # anywhere, and no link in it is followed.
+            bounded = _Bounded(stream, len(wanted) * _MOST_CIFAR10_BYTES)
+            with tarfile.open(fileobj=bounded, mode="r|") as archive:
+                for member in archive:
+                    file = Path(member.name).name
+                    if file not in wanted or not member.isreg():
+                        continue
+                    if member.size > _MOST_CIFAR10_BYTES:
+                        raise ValueError(f"{member.name} unpacks to {member.size:,} bytes")
+                    unpacked = archive.extractfile(member)
+                    contents[file] = unpacked.read() if unpacked else b""
+        except Exception as error:  # tarfile and zlib raise many kinds for a damaged archive
+            raise ValueError(
+                f"{path} is damaged or no tar archive of CIFAR-10 ({error}); fetch it again"
+            ) from error
     missing = sorted(wanted - contents.keys())
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; is it the binary version?")
     return contents.__getitem__
+
+
+class _Bounded(io.RawIOBase):
+    """A stream that raises a ValueError instead of giving more than `most` bytes."""
+
+    def __init__(self, stream: BinaryIO, most: int):
+        self._stream, self._left = stream, most
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._stream.read(self._left + 1 if size < 0 else min(size, self._left + 1))
+        self._left -= len(content)
+        if self._left < 0:
+            raise ValueError("it unpacks to more than the data set can hold")
+        return content
 
 
 def _parse_cifar10(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -156,8 +186,12 @@ def _read_mnist(paths: Sequence[Path]) -> tuple[Dataset, Dataset]:
 
 
 def _read_idx_pair(images_path: Path, labels_path: Path) -> Dataset:
-    images = _parse_idx(_read_maybe_gzip(images_path), _IDX_IMAGES, str(images_path))
-    labels = _parse_idx(_read_maybe_gzip(labels_path), _IDX_LABELS, str(labels_path))
+    images = _parse_idx(
+        _read_at_most(_MOST_MNIST_BYTES, images_path), _IDX_IMAGES, str(images_path)
+    )
+    labels = _parse_idx(
+        _read_at_most(_MOST_MNIST_BYTES, labels_path), _IDX_LABELS, str(labels_path)
+    )
     if images.shape[1:] != (28, 28):
         raise ValueError(f"{images_path}: images of {images.shape[1:]} pixels, not (28, 28)")
     if len(images) != len(labels):
@@ -167,13 +201,21 @@ def _read_idx_pair(images_path: Path, labels_path: Path) -> Dataset:
     return Dataset(images[..., None], _checked_labels(labels, str(labels_path)))
 
 
-def _read_maybe_gzip(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-        # By content: some mirrors and browsers unpack a file without renaming it.
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+def _unpacked(file: BinaryIO) -> BinaryIO:
+    """Returns the content of an open file, without gzip if there is any."""
+    # By content: some mirrors and browsers unpack a file without renaming it.
+    is_gzip = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return gzip.open(file) if is_gzip else file
+
+
+def _read_at_most(most: int, path: Path) -> bytes:
+    """Returns the bytes of a file, without gzip; ValueError if they are damaged or too many."""
+    with path.open("rb") as file, _unpacked(file) as stream:
+        try:
+            return _Bounded(stream, most).read()
+        except Exception as error:  # gzip and zlib raise several kinds for a damaged file
+            raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
 
 
 def _parse_idx(data: bytes, magic: int, name: str) -> np.ndarray:
