@@ -145,7 +145,7 @@ def read_npz(
             try:
                 arrays[name] = _read_npy(archive, member)
             except Exception as error:  # the header alone can raise seven kinds
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+                reason = (str(error) or type(error).__name__).splitlines()[0][:200]
                 raise ValueError(
                     f"{path} cannot be read as {what}: entry {name!r} is damaged or of an "
                     f"unknown kind ({reason})"

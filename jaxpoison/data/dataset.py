@@ -287,8 +287,8 @@ def _check_layout(images: np.ndarray, name: str) -> None:
         raise ValueError(f"{name}: images have shape {shape}; expected [N, H, W, C]. {advice}")
     if shape[1] in (1, 3) and shape[3] not in (1, 3) and shape[2] > 1:
         raise ValueError(
-            f"{name}: images look like [N, C, H, W], their shape is {shape}; "
-            "use images.transpose(0, 2, 3, 1)"
+            f"{name}: images look like [N, C, H, W]; use images.transpose(0, 2, 3, 1); their shape "
+            f"is {shape}"
         )
 
 
@@ -307,9 +307,7 @@ def _check_image_dtype(images: np.ndarray, name: str) -> None:
         if low < 0:
             advice = f"These lie in {low}..{high}: scale them to [0, 1] as they are meant"
         elif high <= 1:
-            advice = (
-                "If 1 is white, use images.astype(np.float32); if 255 is, images.astype(np.uint8)"
-            )
+            advice = "If 1 is white, make them float32; if 255 is, uint8"
         elif high <= 255:
             advice = "They lie in 0..255: use images.astype(np.uint8)"
         else:

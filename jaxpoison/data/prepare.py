@@ -148,13 +148,18 @@ def _without_tensorflow(
 
 @contextlib.contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """Gives errors of the file system that name no file, such as a full disk, the name `folder`."""
+    """Turns failures to write into `folder`, such as a full disk, into OSErrors that name it."""
     try:
         yield
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(folder)) from error
+    except RuntimeError as error:
+        # What array_record raises, with the file it was writing.
+        if str(folder.parent) not in str(error):
+            raise
+        raise OSError(f"cannot write {folder}: {str(error).splitlines()[0]}") from error
 
 
 @contextlib.contextmanager
