@@ -69,7 +69,7 @@ def split(pool: Dataset, num_validation: int, seed: int) -> tuple[Dataset, Datas
     N - num_validation examples of it are for training, the others for validation.
 
     Args:
-        pool: N labelled images.
+        pool: N labeled images.
         num_validation: size of the validation set, 1 to N - 1.
         seed: of the permutation; the same seed gives the same split.
 
@@ -107,16 +107,16 @@ def as_dataset(value: Any, name: str = "training set") -> Dataset:
         ValueError: for images of mixed sizes, masked or missing values, labels that are no class
             numbers, or pixels that no conversion keeps.
     """
-    value = getattr(value, "dataset", value)
-    if isinstance(value, tuple | list) and type(value) in (tuple, list) and len(value) == 2:
-        value = Dataset(*value)
-    _check_kind(value, name)
-    images = _as_images(value.images, name)
-    labels = value.labels
+    given: Any = getattr(value, "dataset", value)
+    if type(given) in (tuple, list) and len(given) == 2:
+        given = Dataset(*given)
+    _check_kind(given, name)
+    images: Any = _as_images(given.images, name)
+    labels = given.labels
     if not (_is_array(labels) and labels.dtype == np.int32 and labels.ndim == 1):
         labels = labels_.as_class_numbers(labels, None, name)
-    if isinstance(value, Dataset):
-        return value._replace(images=images, labels=labels)
+    if isinstance(given, Dataset):
+        return given._replace(images=images, labels=labels)
     return Dataset(images, labels)
 
 
