@@ -298,8 +298,10 @@ def _check_image_dtype(images: np.ndarray, name: str) -> None:
         return
     advice = ""
     if images.size and jnp.issubdtype(images.dtype, jnp.floating):
-        pixels.check_range(images, name)
+        low, high = float(images.min()), float(images.max())
         advice = "Use images.astype(np.float32)"
+        if not (low >= 0 and high <= 1):
+            advice = f"These lie in [{low:g}, {high:g}]: divide 0..255 images by np.float32(255)"
     elif images.dtype == bool:
         advice = "Use images.astype(np.float32)"
     elif images.size and images.dtype.kind in "iu":
