@@ -16,7 +16,7 @@ from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense, HintConfig, chain, characteristic_filter, hint, none
 from jaxpoison.filters import ContaminationWarning
 from jaxpoison.training import heads
-from jaxpoison.training.hooks import keep_batch
+from jaxpoison.training.hooks import keep_batch, with_ids
 
 ONE = devices.data_mesh(jax.devices()[:1])
 RECIPE = training.Recipe(
@@ -115,7 +115,7 @@ def test_a_chain_of_chains_keeps_what_all_of_them_keep():
         )
 
     defense = chain(dropping("a"), chain(none(), dropping("b")), dropping("c"))
-    state = defense.init(jax.random.key(0), TRAIN)
+    state = defense.init(jax.random.key(0), with_ids(TRAIN), 1)
     sizes = [float(leaf) for leaf in jax.tree.leaves(state)]
     assert sizes == [40, 39, 38]  # what each was given
     _, dataset, info = defense.on_epoch(state, 0, None, TRAIN)
@@ -128,12 +128,12 @@ def test_a_chain_of_chains_keeps_what_all_of_them_keep():
 def test_settings_reach_the_filter_and_the_warning_the_user():
     with warnings.catch_warnings():
         warnings.simplefilter("error", ContaminationWarning)
-        assert not np.all(the_filter().init(jax.random.key(0), TRAIN))
-        tolerant = the_filter(margin=10.0, metric="l2").init(jax.random.key(0), TRAIN)
+        assert not np.all(the_filter().init(jax.random.key(0), with_ids(TRAIN), 1))
+        tolerant = the_filter(margin=10.0, metric="l2").init(jax.random.key(0), with_ids(TRAIN), 1)
         assert np.all(tolerant)
     alone = characteristic_filter(MODEL, EXTRACTOR, mesh=ONE)
     with pytest.warns(ContaminationWarning, match="computed from the data that is filtered"):
-        kept = alone.init(jax.random.key(0), TRAIN)
+        kept = alone.init(jax.random.key(0), with_ids(TRAIN), 1)
     with pytest.warns(ContaminationWarning):
         model = filters.CharacteristicVectorFilter(MODEL, EXTRACTOR, mesh=ONE)
         want = model.fit_filter(*TRAIN).keep_mask
@@ -144,10 +144,14 @@ def test_bad_sets():
     with pytest.raises(ValueError, match="trusted set: images have shape"):
         characteristic_filter(MODEL, EXTRACTOR, Dataset(TRUSTED.images[0], TRUSTED.labels))
     with pytest.raises(ValueError, match="training set: labels are int64"):
-        the_filter().init(jax.random.key(0), TRAIN._replace(labels=TRAIN.labels.astype(np.int64)))
+        the_filter().init(
+            jax.random.key(0), TRAIN._replace(labels=TRAIN.labels.astype(np.int64)), 1
+        )
     few = Dataset(*(array[TRUSTED.labels > 0] for array in TRUSTED))
     with pytest.raises(ValueError, match=r"no centroids for the labels \[0\]"):
-        characteristic_filter(MODEL, EXTRACTOR, few, mesh=ONE).init(jax.random.key(0), TRAIN)
+        characteristic_filter(MODEL, EXTRACTOR, few, mesh=ONE).init(
+            jax.random.key(0), with_ids(TRAIN), 1
+        )
 
 
 # A head on the frozen extractor, without augmentation

@@ -4,7 +4,7 @@ Images are numpy arrays, uint8 in 0..255 or float32 in [0, 1], shaped [N, H, W, 
 int32 [N]. Nothing here touches a device except `to_float`, which is meant to run under `jit`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,17 @@ class Dataset(NamedTuple):
     Attributes:
         images: uint8 [N, H, W, C] in 0..255, or float32 [N, H, W, C] in [0, 1].
         labels: int32 [N], each in [0, number of classes).
+        ids: int32 [N], the row of each example in the set as collected, -1 for examples that a
+            defense has added. None where nobody keeps count; training numbers the rows itself.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: Any
+    labels: Any
+    ids: Any = None
+
+    def take(self, rows: slice | np.ndarray) -> "Dataset":
+        """Returns these examples, in this order."""
+        return jax.tree.map(lambda array: array[rows], self)
 
 
 class Splits(NamedTuple):
@@ -68,10 +75,7 @@ def split(pool: Dataset, num_validation: int, seed: int) -> tuple[Dataset, Datas
         )
     order = np.random.default_rng(seed).permutation(num_examples)
     train, validation = np.split(order, [num_examples - num_validation])
-    return (
-        Dataset(pool.images[train], pool.labels[train]),
-        Dataset(pool.images[validation], pool.labels[validation]),
-    )
+    return pool.take(train), pool.take(validation)
 
 
 def check(dataset: Dataset, num_classes: int | None = None, name: str = "training set") -> None:
