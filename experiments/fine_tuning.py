@@ -38,7 +38,7 @@ from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense
 from jaxpoison.filters import ContaminationWarning
 from jaxpoison.training import Recipe, Transfer
-from jaxpoison.training.hooks import keep_batch, select
+from jaxpoison.training.hooks import Info, select
 
 ATTACKS = ("bp", "gm")
 FROZEN_EXTRACTOR = 0
@@ -156,9 +156,9 @@ def filter_anew(model, trusted: Dataset) -> Defense:
 
     def on_epoch(state, epoch, train_state, dataset):
         flagged, _ = look(Victim(model, train_state.variables), dataset, trusted)
-        return state, select(dataset, ~flagged), {}
+        return state, select(dataset, ~flagged), Info(changed=True)
 
-    return Defense(lambda key, dataset: (), on_epoch, keep_batch)
+    return Defense(on_epoch=on_epoch)
 
 
 def look(victim: Victim, dataset: Dataset, trusted: Dataset) -> tuple[np.ndarray, np.ndarray]:

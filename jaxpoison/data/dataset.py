@@ -20,10 +20,17 @@ class Dataset(NamedTuple):
     Attributes:
         images: uint8 [N, H, W, C] in 0..255, or float32 [N, H, W, C] in [0, 1].
         labels: int32 [N], each in [0, number of classes).
+        ids: int32 [N], the row of each example in the set as collected, -1 for examples that a
+            defense has added. None where nobody keeps count; training numbers the rows itself.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: Any
+    labels: Any
+    ids: Any = None
+
+    def take(self, rows: slice | np.ndarray) -> "Dataset":
+        """Returns these examples, in this order."""
+        return jax.tree.map(lambda array: array[rows], self)
 
 
 class Splits(NamedTuple):
@@ -84,10 +91,7 @@ def split(pool: Dataset, num_validation: int, seed: int) -> tuple[Dataset, Datas
         )
     order = np.random.default_rng(seed).permutation(num_examples)
     train, validation = np.split(order, [num_examples - num_validation])
-    return (
-        Dataset(pool.images[train], pool.labels[train]),
-        Dataset(pool.images[validation], pool.labels[validation]),
-    )
+    return pool.take(train), pool.take(validation)
 
 
 def as_dataset(value: Any, name: str = "training set") -> Dataset:

@@ -14,15 +14,13 @@ from jaxpoison.data import Dataset, check_trusted, to_float
 from jaxpoison.models import Classifier
 from jaxpoison.training import heads
 from jaxpoison.training.heads import HEAD, HeadRecipe
-from jaxpoison.training.hooks import Defense, keep_batch, keep_epoch
+from jaxpoison.training.hooks import Defense, Info
 
 
 def add_trusted(
     trusted: Dataset, *, repeats: int | None = 1, mesh: jax.sharding.Mesh | None = None
 ) -> Defense:
     """Returns the defence that appends the trusted examples to the training set of each epoch.
-
-    In a chain it comes after those that hold something for each example.
 
     Args:
       trusted: M clean examples, at least two classes.
@@ -43,9 +41,6 @@ def add_trusted(
     def repeats_for(num_examples):
         return repeats or max(1, round(num_examples / num_trusted))
 
-    def size(num_examples):
-        return num_examples + repeats_for(num_examples) * num_trusted
-
     @jax.jit
     def joined(dataset, trusted):
         repeats = repeats_for(len(dataset.labels))
@@ -53,12 +48,13 @@ def add_trusted(
         return dataset._replace(
             images=jnp.concatenate([to_float(dataset.images), images]),
             labels=jnp.concatenate([dataset.labels, jnp.tile(trusted.labels, repeats)]),
+            ids=jnp.concatenate([dataset.ids, jnp.full(repeats * num_trusted, -1, jnp.int32)]),
         )
 
     def on_epoch(state, epoch, train_state, dataset):
-        return state, joined(dataset, trusted), {}
+        return state, joined(dataset, trusted), Info(changed=epoch == 0)
 
-    return Defense(lambda key, dataset: (), on_epoch, keep_batch, size=size)
+    return Defense(on_epoch=on_epoch)
 
 
 def refit_head(model: Classifier, trusted: Dataset, recipe: HeadRecipe = HEAD) -> Defense:
@@ -86,7 +82,7 @@ def refit_head(model: Classifier, trusted: Dataset, recipe: HeadRecipe = HEAD) -
         head = fit_head(key, features, labels)
         return train_state._replace(params={**train_state.params, "head": head})
 
-    return Defense(lambda key, dataset: key, keep_epoch, keep_batch, finish=finish)
+    return Defense(lambda key, dataset, num_epochs: key, finish=finish)
 
 
 def recommended(trusted: Dataset, *, mesh: jax.sharding.Mesh | None = None) -> Defense:

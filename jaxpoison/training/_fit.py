@@ -23,9 +23,9 @@ from jaxpoison.models import Classifier
 from jaxpoison.training import recipe as recipes
 from jaxpoison.training.checkpoints import Checkpoints
 from jaxpoison.training.evaluation import accuracy, evaluator
-from jaxpoison.training.hooks import BatchFn, Defense, keep_batch, none
+from jaxpoison.training.hooks import BatchFn, Defense, keep_batch, keep_epoch, none, with_ids
 from jaxpoison.training.recipe import Recipe
-from jaxpoison.training.state import TrainState, at_step, init_state
+from jaxpoison.training.state import TrainState, init_state
 
 Report = Callable[[int, dict[str, Any]], None]
 
@@ -85,45 +85,51 @@ def fit(
     mesh = devices.data_mesh() if mesh is None else mesh
     defense = none() if defense is None else defense
     devices.check_divisible(recipe.batch_size, mesh)
-    most_examples = defense.size(len(train.labels))
-    steps_per_epoch = recipes.steps_per_epoch(recipe, most_examples)
+    recipes.steps_per_epoch(recipe, len(train.labels))
     bn_frozen = transfer is not None and transfer.bn_frozen
     unfrozen = None if transfer is None else tuple(transfer.unfrozen)
     optimizer, run_epoch = _training(
-        cast(Hashable, model), recipe, steps_per_epoch, defense.on_batch, mesh, bn_frozen, unfrozen
+        cast(Hashable, model), recipe, defense.on_batch, mesh, bn_frozen, unfrozen
     )
     init_key, data_key, defense_key = jax.random.split(key, 3)
 
-    train = devices.replicate(train, mesh)
+    train = devices.replicate(with_ids(train), mesh)
     state = init_state(model, optimizer, init_key, train.images.shape[1:])
     if transfer is not None:
         state = _transferred(state, transfer, optimizer)
     state = devices.replicate(state, mesh)
-    defense_state = devices.replicate(defense.init(defense_key, train), mesh)
+    defense_state = devices.replicate(defense.init(defense_key, train, recipe.epochs), mesh)
     first_epoch = 0
     if checkpoints is not None:
         first_epoch, (state, defense_state) = checkpoints.restore((state, defense_state))
 
     predict = evaluator(model, mesh=mesh)
     test = None if test is None else devices.replicate(test, mesh)
+    most_examples = 0
     for epoch in range(first_epoch, recipe.epochs):
         start = time.perf_counter()
         defense_state, dataset, info = defense.on_epoch(defense_state, epoch, state, train)
-        # However the defence made them: as a resumed run has them, and on every process's devices.
+        # However the defense made them: as a resumed run has them, and on every process's devices.
         defense_state, dataset = devices.replicate((defense_state, dataset), mesh)
-        chosen = info.pop("chosen", None)
-        metrics: dict[str, Any] = {name: float(value) for name, value in info.items()}
-        if chosen is not None:
-            metrics["chosen"] = devices.to_host(chosen)
+        metrics: dict[str, Any] = {name: float(value) for name, value in info.metrics.items()}
+        if info.chosen is not None:
+            metrics["chosen"] = np.isin(np.arange(len(train.labels)), devices.to_host(info.chosen))
         metrics["defense_seconds"] = time.perf_counter() - start
-        order = epoch_order(data_key, epoch, len(dataset.labels), recipe.batch_size)
+        num_examples = len(dataset.labels)
+        num_steps = recipes.steps_per_epoch(recipe, num_examples)
+        order = epoch_order(data_key, epoch, num_examples, recipe.batch_size)
         length = None
-        if len(dataset.labels) < most_examples:  # the defence has dropped some
-            length = recipes.steps_per_epoch(recipe, len(dataset.labels))
-            filled = _fill_up((dataset, order), (most_examples, steps_per_epoch))
-            (dataset, order), state = devices.replicate(
-                (filled, at_step(state, epoch * steps_per_epoch)), mesh
-            )
+        if num_examples < most_examples:  # the defense has dropped some
+            length = num_steps
+            filled = _fill_up((dataset, order), (most_examples, most_examples // recipe.batch_size))
+            dataset, order = devices.replicate(filled, mesh)
+        most_examples = max(most_examples, num_examples)
+        state = devices.replicate(
+            state._replace(opt_state=recipes.at_epoch(state.opt_state, epoch)), mesh
+        )
+        if defense.on_epoch is not keep_epoch:
+            # The loop donates its carry, and what a hook keeps of it must survive.
+            state = jax.tree.map(jnp.array, state)
         state, steps = run_epoch((dataset, defense_state, data_key), state, order, length)
         means = jax.tree.map(lambda values: float(jnp.mean(values)), steps)
         if not np.isfinite(means["loss"]):
@@ -150,9 +156,9 @@ def fit(
 
 
 @functools.lru_cache(maxsize=8)  # a loop of its own would be compiled anew at each call
-def _training(model, recipe, steps_per_epoch, on_batch, mesh, bn_frozen, unfrozen):
-    """Returns the optimiser and the loop over steps, the same ones for the same settings."""
-    optimizer = recipes.optimizer(recipe, steps_per_epoch)
+def _training(model, recipe, on_batch, mesh, bn_frozen, unfrozen):
+    """Returns the optimizer and the loop over steps, the same ones for the same settings."""
+    optimizer = recipes.optimizer(recipe)
     step = train_step(
         model, recipe, optimizer, mesh, on_batch=on_batch, bn_frozen=bn_frozen, unfrozen=unfrozen
     )
@@ -201,7 +207,8 @@ def train_step(
         images, labels = devices.constrain_examples(
             (to_float(dataset.images[indices]), dataset.labels[indices]), mesh
         )
-        batch = dataset._replace(images=augment(augment_key, images), labels=labels)
+        ids = None if dataset.ids is None else dataset.ids[indices]
+        batch = Dataset(augment(augment_key, images), labels, ids)
         batch = on_batch(defense_state, defense_key, state, batch)
 
         def loss_fn(trained):

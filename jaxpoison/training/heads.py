@@ -17,7 +17,7 @@ import optax
 from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, check, to_float
 from jaxpoison.models import Classifier
-from jaxpoison.training.hooks import Defense
+from jaxpoison.training.hooks import Defense, keep_batch, keep_result, with_ids
 from jaxpoison.training.state import TrainState
 
 
@@ -121,22 +121,29 @@ def fit_defended_head(
       model: the network.
       variables: its `params` and `batch_stats`; the head among them is not used.
       train: N images and labels.
-      defense: its `init` and `on_epoch` are called. One that acts on the batch of a step (FRIENDS,
-        adversarial training, random noise) needs `training.fit(transfer=...)`.
+      defense: its `init` and `on_epoch` are called.
       recipe: how to train.
       mesh: devices to use, the defence's too; default all.
 
     Raises:
-      ValueError: for bad images or labels, or a recipe that is no recipe.
+      ValueError: for bad images or labels, a recipe that is no recipe, or a defense that acts on
+        the batch of a step (FRIENDS, adversarial training, random noise) or after training (a head
+        refit): those need `training.fit(transfer=...)`.
     """
     _check_recipe(recipe)
     check(train, model.num_classes)
+    for hook, nothing in (("on_batch", keep_batch), ("finish", keep_result)):
+        if getattr(defense, hook) is not nothing:
+            raise ValueError(
+                f"the defense has a hook {hook}, which fit_defended_head cannot honor: use "
+                "training.fit(..., transfer=Transfer(variables))"
+            )
     num_examples = len(train.labels)
     mesh = devices.data_mesh() if mesh is None else mesh
     init_key, order_key = jax.random.split(key)
     start = _start(init_key, model.num_features, model.num_classes, recipe)
-    train, variables, carry = devices.replicate((train, variables, start), mesh)
-    state = defense.init(jax.random.fold_in(key, 1), train)
+    train, variables, carry = devices.replicate((with_ids(train), variables, start), mesh)
+    state = defense.init(jax.random.fold_in(key, 1), train, recipe.epochs)
     inputs: tuple[jax.Array, ...] = ()
     for number in range(recipe.epochs):
         full = with_head(variables, carry[0])
@@ -144,7 +151,7 @@ def fit_defended_head(
             jnp.int32(number), full["params"], full.get("batch_stats", {}), carry[1]
         )
         state, dataset, info = defense.on_epoch(state, number, current, train)
-        if number == 0 or info:
+        if number == 0 or info.changed:
             found = features(model, variables, dataset.images, mesh=mesh)
             _check_features(found, dataset.labels)
             # What the defence dropped is filled up, so that no other shape is compiled.

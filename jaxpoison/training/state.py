@@ -15,7 +15,7 @@ class TrainState(NamedTuple):
     """Weights and optimiser.
 
     Attributes:
-      step: finished steps, int32, shape (); epochs on fewer examples count as whole ones.
+      step: finished steps, int32, shape ().
       params: `{"body": ..., "head": {"kernel": [d,K], "bias": [K]}}`.
       batch_stats: running means and variances of the BatchNorm layers.
       opt_state: state of the optax optimiser.
@@ -48,9 +48,3 @@ def _init(key, model, optimizer, image_shape):
     variables = model.init(key, jnp.zeros((1, *image_shape)))
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
-
-
-def at_step(state: TrainState, step: int) -> TrainState:
-    """Returns `state` at another place of the learning rate's schedule."""
-    place, count = (jnp.full_like(state.step, step) for _ in range(2))  # each is donated
-    return state._replace(step=place, opt_state=optax.tree.set(state.opt_state, count=count))

@@ -1,0 +1,27 @@
+"""A model with its variables, as pure functions: Flax Linen, Flax NNX or plain functions."""
+
+from jaxpoison.network._linen import from_linen
+from jaxpoison.network._make import as_network
+from jaxpoison.network._passes import (
+    features,
+    folded_over_set,
+    logits,
+    over_set,
+    predict,
+    shared,
+)
+from jaxpoison.network.base import Network, Tap, is_batch_norm
+
+__all__ = [
+    "Network",
+    "Tap",
+    "as_network",
+    "features",
+    "folded_over_set",
+    "from_linen",
+    "is_batch_norm",
+    "logits",
+    "over_set",
+    "predict",
+    "shared",
+]
