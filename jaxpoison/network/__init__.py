@@ -3,6 +3,7 @@
 from jaxpoison.network._linen import from_linen
 from jaxpoison.network._make import as_network
 from jaxpoison.network._passes import (
+    accuracy,
     features,
     folded_over_set,
     logits,
@@ -15,6 +16,7 @@ from jaxpoison.network.base import Network, Tap, is_batch_norm
 __all__ = [
     "Network",
     "Tap",
+    "accuracy",
     "as_network",
     "features",
     "folded_over_set",
