@@ -70,6 +70,20 @@ def test_split_refuses_an_empty_part(num_validation):
         data.split(random_dataset("mnist", 10), num_validation, seed=0)
 
 
+def test_split_takes_what_as_dataset_takes_and_keeps_ids():
+    pool = random_dataset("mnist", 10)
+    want = data.split(pool, 4, seed=0)
+    for given in (tuple(pool[:2]), ([*pool.images], pool.labels.tolist())):
+        for got, part in zip(data.split(given, 4, seed=0), want, strict=True):
+            np.testing.assert_array_equal(got.images, part.images)
+            np.testing.assert_array_equal(got.labels, part.labels)
+    train, validation = data.split(pool._replace(ids=np.arange(10, 20)), 4, seed=0)
+    order = 10 + np.random.default_rng(0).permutation(10)
+    np.testing.assert_array_equal(np.concatenate([train.ids, validation.ids]), order)
+    with pytest.raises(TypeError, match="integer"):
+        data.split(pool, 4.5, seed=0)
+
+
 def good():
     return data.Dataset(np.full((4, 2, 2, 3), 0.5, np.float32), np.array([0, 1, 2, 0], np.int32))
 
@@ -190,7 +204,7 @@ def test_embedded_files_are_small():
 def test_make_is_deterministic_and_lossless(name, tmp_path, monkeypatch):
     monkeypatch.setattr(make, "WEBP_METHOD", 0)
     parts = {part: embedded.read_part(name, part)[0] for part in ("train", "test")}
-    parts = {part: data.Dataset(*(array[:300] for array in full)) for part, full in parts.items()}
+    parts = {part: full.take(slice(300)) for part, full in parts.items()}
     parts = {
         part: full._replace(labels=np.tile(np.arange(10, dtype=np.int32), 30))
         for part, full in parts.items()
@@ -1192,6 +1206,9 @@ def test_translate_refuses_wrong_input(images):
     keys = jax.random.split(jax.random.key(8), len(images))
     with pytest.raises(ValueError, match=r"images are uint8 \(6, 9, 11, 3\); expected float32"):
         data.random_translate_flip(keys, images.astype(np.uint8), fill=0.0)
+    for shift in (-1, float("nan")):
+        with pytest.raises(ValueError, match="max_shift must not be negative"):
+            data.random_translate_flip(keys, images, fill=0.0, max_shift=shift)
     with pytest.raises(ValueError, match=r"expected float32 \[B, H, W, C\]"):
         data.random_translate_flip(keys, images[0], fill=0.0)
     with pytest.raises(ValueError, match="one typed key for each of the 6 images"):
