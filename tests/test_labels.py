@@ -136,6 +136,12 @@ def test_what_is_no_sequence_is_a_type_error(bad):
         labels.encode(bad, "trusted labels")
 
 
+def test_traced_labels_are_refused():
+    for read in (labels.encode, labels.as_class_numbers):
+        with pytest.raises(TypeError, match="labels are traced; read them on the host"):
+            jax.jit(read)(jnp.arange(3))
+
+
 def test_the_range_is_checked_before_the_cast():
     for dtype in (np.int64, np.uint64):
         with pytest.raises(
