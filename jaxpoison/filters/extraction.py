@@ -60,6 +60,11 @@ class CharVec:
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
+    @property
+    def num_examples(self) -> int:
+        """N, the length of the first axis."""
+        return self.blocks[0].mean.shape[0]
+
     def ravel(self) -> jax.Array:
         """Returns (mu_1, var_1, mu_2, ...), float32 [N, 2 sum C_i], e.g. for a 2-D picture."""
         return jnp.concatenate([array for block in self.blocks for array in block], axis=-1)
