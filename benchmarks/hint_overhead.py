@@ -26,6 +26,7 @@ import run
 
 from jaxpoison import data, defenses, models, training
 from jaxpoison.core import devices
+from jaxpoison.training.hooks import with_ids
 
 EPOCHS, UPDATES = 80, 3  # of the paper, for CIFAR-10
 PARTS = ("features", "solve", "scores", "pixel_maps")
@@ -82,8 +83,8 @@ def main() -> None:
 
 def noise_seconds(defense: defenses.Defense, train: data.Dataset) -> float:
     """Returns the median time of adding the noise, as HINT does before each epoch."""
-    train = devices.replicate(train, devices.data_mesh())
-    state = defense.init(jax.random.key(0), train)
+    train = devices.replicate(with_ids(train), devices.data_mesh())
+    state = defense.init(jax.random.key(0), train, 10**6)
     seconds = []
     for _ in range(6):
         start = time.perf_counter()

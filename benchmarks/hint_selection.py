@@ -69,7 +69,7 @@ def contest(network: str, options: argparse.Namespace) -> list[measure.Contender
     variables, head = state.variables, state.variables["params"]["head"]
     mesh = devices.data_mesh()
     index = np.arange(num_examples) % len(splits.train.labels)
-    train = devices.replicate(data.Dataset(*(x[index] for x in splits.train)), mesh)
+    train = devices.replicate(splits.train.take(index), mesh)
     trusted = devices.replicate(splits.validation, mesh)
     chosen = jax.tree.map(lambda x: x[: round(SHARE * num_examples)], train)
     title = f"{title}, N = {num_examples:,}"

@@ -36,8 +36,8 @@ from jaxpoison.defenses import Defense
 from jaxpoison.models import Classifier
 from jaxpoison.training import init_state
 from jaxpoison.training._fit import epoch_order, train_step
+from jaxpoison.training.hooks import with_ids
 from jaxpoison.training.recipe import optimizer as optimizer_of
-from jaxpoison.training.recipe import steps_per_epoch
 
 # By their names in study.DEFENSES: what the paper's Table V calls them.
 DEFENSES = {
@@ -146,13 +146,12 @@ class Clock:
         recipe, self.mesh = settings.recipe, devices.data_mesh()
         self.defense, self.events, self.batch_size = defense, events, recipe.batch_size
         self.last_epoch = recipe.epochs - 1  # nothing is updated or selected before this one
-        self.train = devices.replicate(train, self.mesh)
-        most = defense.size(len(train.labels))
-        optimizer = optimizer_of(recipe, steps_per_epoch(recipe, most))
+        self.train = devices.replicate(with_ids(train), self.mesh)
+        optimizer = optimizer_of(recipe)
         init_key, self.key, defense_key = jax.random.split(jax.random.key(0), 3)
         state = init_state(model, optimizer, init_key, train.images.shape[1:])
         self.state = devices.replicate(state, self.mesh)
-        self.defense_state = defense.init(defense_key, self.train)
+        self.defense_state = defense.init(defense_key, self.train, recipe.epochs)
         self.run_steps = loops.scan(
             train_step(model, recipe, optimizer, self.mesh, on_batch=defense.on_batch)
         )
@@ -246,8 +245,7 @@ def load(config: Config) -> Splits:
         if config.data_dir is None
         else data.load(config.dataset, data_dir=config.data_dir)
     )
-    train = Dataset(*(field[: config.examples] for field in splits.train))
-    return splits._replace(train=train)
+    return splits._replace(train=splits.train.take(slice(config.examples)))
 
 
 if __name__ == "__main__":

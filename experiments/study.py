@@ -25,7 +25,7 @@ import run
 import tables
 import tyro
 
-from jaxpoison import attacks, data, defenses, models, training
+from jaxpoison import attacks, data, defenses, models, network, training
 from jaxpoison.attacks import DeepConfuseConfig
 from jaxpoison.core import devices, hosts, loops
 from jaxpoison.data import Dataset, Splits, to_float
@@ -37,6 +37,7 @@ from jaxpoison.defenses import (
     HintConfig,
 )
 from jaxpoison.training import Checkpoints, Recipe, TrainState
+from jaxpoison.training.hooks import with_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,7 +483,7 @@ def draw_predictions(work: Work, cells: list[Cell]) -> None:
         shown = wrong[np.sort(first)[:5]]
         figures.predictions(
             work.output.folder / "predictions.png",
-            Dataset(*(field[shown] for field in splits.test)),
+            splits.test.take(shown),
             {name: (labels[shown], sure[shown]) for name, (labels, sure) in seen.items()},
             class_names=splits.class_names,
             title=f"Test images, and what networks trained at p = {cells[0].poison_ratio:g} see",
@@ -526,7 +527,8 @@ def draw_noise(work: Work, cell: Cell, picture: Path) -> None:
     defense = defense_of(work.config, work.model, splits, cell)
     state = fit(work, cell, train, work.config.recipe)
     checkpoints = checkpoints_of(work, cell)
-    like = (state, defense.init(jax.random.key(0), devices.replicate(train, devices.data_mesh())))
+    train = devices.replicate(with_ids(train), devices.data_mesh())
+    like = (state, defense.init(jax.random.key(0), train, work.config.recipe.epochs))
     _, (state, (_, chosen, noise)) = checkpoints.restore(like)
     checkpoints.close()
     strongest = jnp.argsort(-jnp.mean(jnp.abs(noise), axis=(1, 2, 3)))[:8]
@@ -534,9 +536,9 @@ def draw_noise(work: Work, cell: Cell, picture: Path) -> None:
     received = Dataset(np.asarray(to_float(train.images[rows])), train.labels[rows])
     added = np.asarray(noise[strongest])
     perturbed = np.clip(received.images + added, 0, 1)
-    predict = training.evaluator(work.model, mesh=devices.data_mesh())
     before, after = (
-        devices.to_host(predict(state.variables, images)) for images in (received.images, perturbed)
+        devices.to_host(network.predict(work.model, state.variables, images))
+        for images in (received.images, perturbed)
     )
     hosts.on_main(
         lambda: figures.healthy_noise(
@@ -566,10 +568,7 @@ def load(config: Common, seed: int) -> Splits:
         "test": config.test_examples,
     }
     return splits._replace(
-        **{
-            part: Dataset(*(field[:size] for field in getattr(splits, part)))
-            for part, size in sizes.items()
-        }
+        **{part: getattr(splits, part).take(slice(size)) for part, size in sizes.items()}
     )
 
 
@@ -628,4 +627,5 @@ def check_defenses(
                 f"so never: set --{family}.{'epoch' if family == 'friends' else 'start'}"
             )
     for name in names:
-        DEFENSES[name](config, model, splits).init(jax.random.key(0), splits.train)
+        defense = DEFENSES[name](config, model, splits)
+        defense.init(jax.random.key(0), with_ids(splits.train), config.recipe.epochs)

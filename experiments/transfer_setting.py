@@ -216,7 +216,7 @@ def load(config: Config) -> Sets:
     pretraining, train, trusted, targets = (
         Dataset(pool.images[part], pool.labels[part]) for part in rows
     )
-    test = Dataset(*(array[: config.test_examples] for array in test))
+    test = test.take(slice(config.test_examples))
     return Sets(pretraining, train, trusted, targets, test, source)
 
 
@@ -240,4 +240,4 @@ def attack_of(config: Config, name: str, epsilon_255: float) -> TargetedAttack:
 def first_of_each_class(dataset: Dataset, number: int) -> Dataset:
     """Returns the first `number` examples of each class."""
     rows = [np.flatnonzero(dataset.labels == label)[:number] for label in np.unique(dataset.labels)]
-    return Dataset(*(array[np.concatenate(rows)] for array in dataset))
+    return dataset.take(np.concatenate(rows))

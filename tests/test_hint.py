@@ -12,6 +12,8 @@ from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import HintConfig, hint
 from jaxpoison.defenses._hint import RELEASED_CODE, HintState
+from jaxpoison.defenses._ids import NO_ID
+from jaxpoison.training.hooks import Info, with_ids
 
 NUM_CLASSES, SIDE, STD = 3, 4, 0.5
 CONFIG = HintConfig(ratio=0.4, gamma=0.5, schedule=(2, 4))
@@ -66,8 +68,8 @@ class Update:
     def __init__(self, config=CONFIG, dataset=TRAIN, mesh=None, **settings):
         mesh = one_device() if mesh is None else mesh
         self.defense = hint(MODEL, TRUSTED, config, mesh=mesh, **settings)
-        self.dataset = devices.replicate(dataset, mesh)
-        self.state = self.defense.init(jax.random.key(7), self.dataset)
+        self.dataset = devices.replicate(with_ids(dataset), mesh)
+        self.state = self.defense.init(jax.random.key(7), self.dataset, 100)
         self.mesh = mesh
 
     def __call__(self, epoch, train_state=None):
@@ -77,7 +79,7 @@ class Update:
         self.state, dataset, self.info = self.defense.on_epoch(
             self.state, epoch, train_state, self.dataset
         )
-        return Dataset(*map(np.asarray, dataset))
+        return jax.tree.map(np.asarray, dataset)
 
     @property
     def chosen(self):
@@ -175,7 +177,7 @@ def test_two_updates_equal_the_algorithm_in_numpy():
     chosen, noise = reference(CONFIG, {2: first})
     np.testing.assert_array_equal(run.chosen, chosen)
     np.testing.assert_allclose(run.noise, noise, atol=2e-5)
-    assert 0.1 < float(run.info["share_at_beta"]) < 0.9
+    assert 0.1 < float(run.info.metrics["share_at_beta"]) < 0.9
     run(4, second)
     chosen, noise = reference(CONFIG, {2: first, 4: second})
     np.testing.assert_array_equal(run.chosen, chosen)
@@ -224,7 +226,7 @@ def test_bounds_and_what_stays_as_it_was(as_uint8):
     run = Update(CONFIG, train)
     before = np.asarray(train.images, np.float32) / (255 if as_uint8 else 1)
     np.testing.assert_array_equal(run(1).images, train.images)  # not yet
-    assert run.info == {}
+    assert run.info == Info()
     for epoch in (2, 3, 4, 5):
         got = run(epoch)
         assert got.images.dtype == np.float32
@@ -237,7 +239,7 @@ def test_bounds_and_what_stays_as_it_was(as_uint8):
         assert change[others].max() < 1e-7
         assert (change[run.chosen].reshape(16, -1).max(1) > 0).all()
         np.testing.assert_array_equal(got.labels, train.labels)
-        assert (run.info == {}) == (epoch in (3, 5))
+        assert (run.info == Info()) == (epoch in (3, 5))
 
 
 def test_noise_persists_between_updates_and_accumulates_at_them():
@@ -253,7 +255,7 @@ def test_noise_persists_between_updates_and_accumulates_at_them():
     ratio = run.noise[free] / first[free]
     assert 1.5 < np.median(ratio) < 2.2
     # Other weights would choose other examples, but D_s is chosen once.
-    np.testing.assert_array_equal(np.flatnonzero(run.info["chosen"]), chosen)
+    np.testing.assert_array_equal(run.info.chosen, chosen)
     other = Update(config)
     other(2, trained(1))
     assert np.any(other.chosen != chosen)
@@ -397,9 +399,9 @@ def test_mass_takes_the_fewest_examples_that_hold_it(mass):
     count = int(np.argmax(share >= mass)) + 1
     moved = run(2).images
     want = np.sort(order[:count])
-    np.testing.assert_array_equal(run.chosen, np.r_[want, np.full(40 - count, 40)])
-    assert run.info["ratio"] == count / 40
-    np.testing.assert_array_equal(np.flatnonzero(run.info["chosen"]), want)
+    np.testing.assert_array_equal(run.chosen, np.r_[want, np.full(40 - count, NO_ID)])
+    assert run.info.metrics["ratio"] == count / 40
+    np.testing.assert_array_equal(run.info.chosen, want)
     np.testing.assert_array_equal(np.flatnonzero(np.any(moved != TRAIN.images, (1, 2, 3))), want)
     # From here on it is HINT with that share, which is what the same number of examples gives.
     same = Update(dataclasses.replace(CONFIG, ratio=count / 40))
@@ -410,7 +412,7 @@ def test_mass_takes_the_fewest_examples_that_hold_it(mass):
 def test_mass_takes_no_more_than_the_ratio():
     run = Update(dataclasses.replace(CONFIG, ratio=0.1, mass=0.99))
     run(2)
-    assert run.info["ratio"] == 0.1 and run.chosen.max() < 40
+    assert run.info.metrics["ratio"] == 0.1 and run.chosen.max() < 40
 
 
 def test_random_selection_is_one_draw_from_the_key():

@@ -216,7 +216,7 @@ def test_images_in_double_precision_and_binary_ones():
     ("images", "message"),
     [
         (IMAGES.astype(np.int16) - 300, r"images are int16; .*lie in -300\.\.-45"),
-        (IMAGES.astype(float), r"float pixels lie in \[0, 255\]; .*Divide"),
+        (IMAGES.astype(float), r"images are float64; .*lie in \[0, 255\]: divide"),
         (IMAGES.astype(str), r"images are <U3; .* Convert them to pixels$"),
         (IMAGES[0], r"\(5, 6, 3\); .*images\[None\]"),
         (IMAGES[..., 0], r"\(9, 5, 6\); .*images\[\.\.\., None\]"),

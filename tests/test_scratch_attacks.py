@@ -19,7 +19,7 @@ from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import Defense
 from jaxpoison.models import unet
 from jaxpoison.training._fit import epoch_order
-from jaxpoison.training.hooks import keep_batch
+from jaxpoison.training.hooks import Info, with_ids
 
 EPSILON = 0.1  # 25.5 of 255: no whole number, so that plain rounding would break it
 NUM_CLASSES = 4
@@ -602,7 +602,7 @@ def test_a_planted_target_succeeds_unless_the_defence_removes_it():
     assert outcome.interval == evaluation.wilson(1, 1)
     assert told == [(0, epoch) for epoch in range(4)]
 
-    restore = Defense(lambda key, dataset: (), lambda state, *rest: (state, real(), {}), keep_batch)
+    restore = Defense(on_epoch=lambda state, *rest: (state, with_ids(real()), Info()))
     defended = judge(planted(), defense=restore)
     assert not defended.success.any()
     key = jax.random.fold_in(jax.random.key(3), planted().target.target_id)

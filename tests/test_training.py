@@ -8,14 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpoison import models, solvers, training
+from jaxpoison import models, network, solvers, training
 from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import Defense
 from jaxpoison.training._fit import epoch_order, train_step
-from jaxpoison.training.evaluation import accuracy
-from jaxpoison.training.hooks import keep_batch, keep_epoch
-from jaxpoison.training.recipe import optimizer, steps_per_epoch
+from jaxpoison.training.hooks import Info
+from jaxpoison.training.recipe import at_epoch, optimizer, steps_per_epoch
 
 QUICK = training.Recipe(
     epochs=1, batch_size=8, learning_rate=0.05, milestones=(), max_shift=1.0, flip=True
@@ -65,13 +64,14 @@ def test_optimizer_is_pytorchs_nesterov_sgd_with_milestones(momentum, decay):
     recipe = training.Recipe(
         learning_rate=0.3, momentum=momentum, weight_decay=decay, milestones=(1, 3)
     )
-    transform = optimizer(recipe, steps_per_epoch=2)
+    transform = optimizer(recipe)
     rng = np.random.default_rng(0)
     params = {"w": rng.normal(size=(2, 3)).astype(np.float32)}
     state = transform.init(params)
     weights, velocity = params["w"].astype(np.float64), 0.0
     for step in range(8):
         gradient = rng.normal(size=(2, 3)).astype(np.float32)
+        state = at_epoch(state, step // 2)
         updates, state = transform.update({"w": gradient}, state, params)
         params = optax.apply_updates(params, updates)
         full = gradient + decay * weights
@@ -118,7 +118,7 @@ def seen_batches(num_devices, recipe, num_steps=3):
     """Returns the images that each step trained on; every step takes the same examples."""
     mesh = devices.data_mesh(jax.devices()[:num_devices])
     model = models.Classifier(SeeingBody((8, 6, 6, 3)), num_features=108, num_classes=3)
-    transform = optimizer(recipe, 1)
+    transform = optimizer(recipe)
     state = training.init_state(model, transform, jax.random.key(0), (6, 6, 3))
     step = jax.jit(train_step(model, recipe, transform, mesh))
     state = devices.replicate(state, mesh)
@@ -206,8 +206,10 @@ def test_accuracy_is_the_share_of_right_predictions():
     right = np.argmax(model.apply(variables, test.images), axis=-1) == test.labels
     for num_devices, batch_size in [(1, 5), (8, 8), (8, 100)]:
         mesh = devices.data_mesh(jax.devices()[:num_devices])
-        predict = training.evaluator(model, batch_size=batch_size, mesh=mesh)
-        assert accuracy(predict, variables, test) == pytest.approx(right.mean())
+        found = network.accuracy(
+            model, variables, test.images, test.labels, batch_size=batch_size, mesh=mesh
+        )
+        assert found == pytest.approx(right.mean())
 
 
 def test_a_loss_that_is_not_finite_is_an_error():
@@ -241,27 +243,23 @@ def test_the_step_compiles_once_per_shape():
 
     def on_epoch(state, epoch, train_state, dataset):
         if epoch >= 3:  # fewer examples from here on
-            dataset = Dataset(dataset.images[:16], dataset.labels[:16])
-        return state, dataset, {}
+            dataset = dataset.take(slice(16))
+        return state, dataset, Info(changed=epoch == 3)
 
     recipe = dataclasses.replace(QUICK, epochs=6)
-    defense = Defense(lambda key, dataset: (), on_epoch, on_batch)
+    defense = Defense(on_epoch=on_epoch, on_batch=on_batch)
     for seed in range(2):  # the second run finds all compiled
         state = training.fit(
             linear_model(), recipe, random_set(27, 4), key=jax.random.key(seed), defense=defense
         )
-        assert int(state.step) == 5 * 3 + 2  # epochs count as whole ones, the last one took two
+        assert int(state.step) == 3 * 3 + 3 * 2
         assert traced == [(8, 4, 4, 3)] * 2
 
 
 def test_a_defence_that_leaves_less_than_a_batch_is_an_error():
     defense = Defense(
-        lambda key, dataset: (),
-        lambda state, epoch, train_state, dataset: (
-            state, jax.tree.map(lambda x: x[:5], dataset), {}
-        ),
-        keep_batch,
-    )  # fmt: skip
+        on_epoch=lambda state, epoch, train_state, dataset: (state, dataset.take(slice(5)), Info())
+    )
     with pytest.raises(ValueError, match="5 examples, fewer than one batch of 8"):
         training.fit(
             linear_model(), QUICK, random_set(27, 4), key=jax.random.key(0), defense=defense
@@ -270,11 +268,11 @@ def test_a_defence_that_leaves_less_than_a_batch_is_an_error():
 
 def test_what_a_defence_tells_is_reported():
     def on_epoch(state, epoch, train_state, dataset):
-        chosen = jnp.arange(len(dataset.labels)) < epoch
-        return state + 1, dataset, {"count": state, "chosen": chosen} if epoch else {}
+        info = Info({"count": state}, dataset.ids[:epoch]) if epoch else Info()
+        return state + 1, dataset, info
 
     log = []
-    defense = Defense(lambda key, dataset: jnp.zeros(()), on_epoch, keep_batch)
+    defense = Defense(lambda key, dataset, num_epochs: jnp.zeros(()), on_epoch)
     training.fit(
         linear_model(), dataclasses.replace(QUICK, epochs=3), random_set(27, 4),
         key=jax.random.key(0), defense=defense, report=lambda epoch, m: log.append(m),
@@ -289,7 +287,7 @@ def test_the_same_key_gives_the_same_weights_and_another_key_others():
     def train(seed):
         return training.fit(
             linear_model(), QUICK, random_set(27, 4), key=jax.random.key(seed),
-            defense=Defense(lambda key, dataset: (), keep_epoch, keep_batch),
+            defense=Defense(),
         ).params  # fmt: skip
 
     first = train(0)

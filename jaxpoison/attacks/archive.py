@@ -130,7 +130,9 @@ def load(path: str | os.PathLike, *, num_classes: int | None = None) -> Poisoned
         )
     if attack_id.min() < 0 or attack_id.max() > num_attacks:
         raise ValueError(f"{path}: attack_id must be in 0..{num_attacks}")
-    return PoisonedDataset(*dataset, attack_id, config, _target(entries, num_classes, str(path)))
+    return PoisonedDataset(
+        dataset.images, dataset.labels, attack_id, config, _target(entries, num_classes, str(path))
+    )
 
 
 def _target(entries, num_classes, path):

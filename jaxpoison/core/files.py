@@ -195,15 +195,16 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
             raise ValueError(
                 f"its header promises {shape} {dtype}, {wanted:,} bytes, but {present:,} follow"
             )
-        # A copy of the bytes would double the memory: read in place, to the end for the checksum.
+        # In blocks, since all bytes at once would double the memory; to the end, for the checksum.
         array = np.empty(shape, dtype, order="F" if fortran_order else "C")
-        buffer = memoryview(array.reshape(-1, order="A").view(np.uint8)) if wanted else b""
+        buffer = array.reshape(-1, order="A").view(np.uint8) if wanted else np.empty(0, np.uint8)
         filled = 0
         while filled < wanted:
-            read = stream.readinto(buffer[filled : filled + (1 << 20)])
-            if not read:
+            block = stream.read(min(wanted - filled, 1 << 20))
+            if not block:
                 raise ValueError("it ends early")
-            filled += read
+            buffer[filled : filled + len(block)] = np.frombuffer(block, np.uint8)
+            filled += len(block)
         if stream.read(1):
             raise ValueError("more bytes follow than it should hold")
         return array

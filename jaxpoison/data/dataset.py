@@ -20,10 +20,17 @@ class Dataset(NamedTuple):
     Attributes:
         images: uint8 [N, H, W, C] in 0..255, or float32 [N, H, W, C] in [0, 1].
         labels: int32 [N], each in [0, number of classes).
+        ids: int32 [N], the row of each example in the set as collected, -1 for examples that a
+            defense has added. None where nobody keeps count; training numbers the rows itself.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: Any
+    labels: Any
+    ids: Any = None
+
+    def take(self, rows: slice | np.ndarray) -> "Dataset":
+        """Returns these examples, in this order."""
+        return jax.tree.map(lambda array: array[rows], self)
 
 
 class Splits(NamedTuple):
@@ -69,7 +76,7 @@ def split(pool: Dataset, num_validation: int, seed: int) -> tuple[Dataset, Datas
     N - num_validation examples of it are for training, the others for validation.
 
     Args:
-        pool: N labelled images.
+        pool: N labeled images.
         num_validation: size of the validation set, 1 to N - 1.
         seed: of the permutation; the same seed gives the same split.
 
@@ -84,10 +91,7 @@ def split(pool: Dataset, num_validation: int, seed: int) -> tuple[Dataset, Datas
         )
     order = np.random.default_rng(seed).permutation(num_examples)
     train, validation = np.split(order, [num_examples - num_validation])
-    return (
-        Dataset(pool.images[train], pool.labels[train]),
-        Dataset(pool.images[validation], pool.labels[validation]),
-    )
+    return pool.take(train), pool.take(validation)
 
 
 def as_dataset(value: Any, name: str = "training set") -> Dataset:
@@ -107,16 +111,16 @@ def as_dataset(value: Any, name: str = "training set") -> Dataset:
         ValueError: for images of mixed sizes, masked or missing values, labels that are no class
             numbers, or pixels that no conversion keeps.
     """
-    value = getattr(value, "dataset", value)
-    if isinstance(value, tuple | list) and type(value) in (tuple, list) and len(value) == 2:
-        value = Dataset(*value)
-    _check_kind(value, name)
-    images = _as_images(value.images, name)
-    labels = value.labels
+    given: Any = getattr(value, "dataset", value)
+    if type(given) in (tuple, list) and len(given) == 2:
+        given = Dataset(*given)
+    _check_kind(given, name)
+    images: Any = _as_images(given.images, name)
+    labels = given.labels
     if not (_is_array(labels) and labels.dtype == np.int32 and labels.ndim == 1):
         labels = labels_.as_class_numbers(labels, None, name)
-    if isinstance(value, Dataset):
-        return value._replace(images=images, labels=labels)
+    if isinstance(given, Dataset):
+        return given._replace(images=images, labels=labels)
     return Dataset(images, labels)
 
 
@@ -298,8 +302,10 @@ def _check_image_dtype(images: np.ndarray, name: str) -> None:
         return
     advice = ""
     if images.size and jnp.issubdtype(images.dtype, jnp.floating):
-        pixels.check_range(images, name)
+        low, high = float(images.min()), float(images.max())
         advice = "Use images.astype(np.float32)"
+        if not (low >= 0 and high <= 1):
+            advice = f"These lie in [{low:g}, {high:g}]: divide 0..255 images by np.float32(255)"
     elif images.dtype == bool:
         advice = "Use images.astype(np.float32)"
     elif images.size and images.dtype.kind in "iu":

@@ -23,9 +23,10 @@ import numpy as np
 from jax import lax
 
 from jaxpoison.core import devices, loops
-from jaxpoison.data import Dataset, check, to_float
+from jaxpoison.data import check, to_float
+from jaxpoison.defenses._ids import NO_ID, for_rows
 from jaxpoison.models import Classifier
-from jaxpoison.training.hooks import Defense, keep_batch
+from jaxpoison.training.hooks import UNCHANGED, Defense, Info, select
 
 ROWS_AT_ONCE = 64  # of the similarities, when gains are updated
 
@@ -98,13 +99,18 @@ def epic(
         flags = lax.map(of_class, (members, valid, budgets))
         return jnp.zeros(labels.shape, bool).at[members].max(flags)
 
-    def init(key, dataset):
+    def init(key, dataset, num_epochs):
         check(dataset, model.num_classes)
+        if num_epochs <= config.start:
+            raise ValueError(
+                f"EPIC would begin before epoch start = {config.start} of {num_epochs} epochs, so "
+                "never: choose an earlier start or train longer"
+            )
         kept = jnp.ones(len(dataset.labels), bool)
         return devices.replicate(EpicState(key, kept), mesh)
 
     def on_epoch(state, epoch, train_state, dataset):
-        info = {}
+        info = UNCHANGED
         if config.start <= epoch <= config.last and epoch % config.every == 0:
             labels = np.asarray(dataset.labels)
             members, valid = class_members(labels, model.num_classes)
@@ -113,14 +119,14 @@ def epic(
             )
             outputs = logits(train_state.variables, dataset.images)
             dropped = isolated(outputs, dataset.labels, members, valid, budgets)
-            state = state._replace(kept=state.kept & ~dropped)
-            info = {"dropped": jnp.sum(~state.kept), "chosen": ~state.kept}
-        kept = np.flatnonzero(state.kept)
-        if len(kept) < len(dataset.labels):
-            dataset = Dataset(*(field[kept] for field in dataset))
-        return state, dataset, info
+            lost = jnp.where(dropped & (dataset.ids >= 0), dataset.ids, NO_ID)
+            state = state._replace(kept=state.kept.at[lost].set(False, mode="drop"))
+            gone = np.flatnonzero(~devices.to_host(state.kept))
+            info = Info({"dropped": len(gone)}, gone, changed=True)
+        kept = devices.to_host(for_rows(state.kept, dataset.ids, missing=True))
+        return state, select(dataset, kept), info
 
-    return Defense(init, on_epoch, keep_batch)
+    return Defense(init, on_epoch)
 
 
 def similarities(proxies: jax.Array, valid: jax.Array) -> jax.Array:

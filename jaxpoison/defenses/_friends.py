@@ -20,9 +20,10 @@ import optax
 
 from jaxpoison.core import devices, loops
 from jaxpoison.data import check, to_float
+from jaxpoison.defenses._ids import NO_ID, with_noise
 from jaxpoison.defenses.noise import Kind, random_noise
 from jaxpoison.models import Classifier
-from jaxpoison.training.hooks import Defense, Info
+from jaxpoison.training.hooks import UNCHANGED, Defense, Info
 
 REFERENCE_BATCH = 128  # the authors' objective is a mean over so many images, at a fixed step size
 
@@ -142,24 +143,28 @@ def friends(
                 into.append(made[: num_examples - first])
         return jnp.concatenate(noises), jnp.concatenate(divergences)
 
-    @jax.jit
-    def with_noise(noise, dataset):
-        return dataset._replace(images=jnp.clip(to_float(dataset.images) + noise, 0.0, 1.0))
-
-    def init(key, dataset):
+    def init(key, dataset, num_epochs):
         check(dataset, model.num_classes)
+        if num_epochs <= config.epoch:
+            raise ValueError(
+                f"FRIENDS would make its noise before epoch {config.epoch} of {num_epochs} epochs, "
+                "so never: choose an earlier epoch or train longer"
+            )
         noise = jnp.zeros(dataset.images.shape, jnp.float32)
         return devices.replicate(FriendsState(key, noise), mesh)
 
     def on_epoch(state, epoch, train_state, dataset):
-        info: Info = {}
+        info = UNCHANGED
         if epoch == config.epoch:
             noise, divergences = make(state.key, train_state.variables, dataset)
-            state = state._replace(noise=devices.replicate(noise, mesh))
-            info = {
+            place = jnp.where(dataset.ids >= 0, dataset.ids, NO_ID)
+            noise_by_id = state.noise.at[place].set(noise, mode="drop")
+            state = state._replace(noise=devices.replicate(noise_by_id, mesh))
+            metrics = {
                 "divergence": jnp.mean(divergences),
                 "mean_abs_255": 255 * jnp.mean(jnp.abs(noise)),
             }
+            info = Info(metrics, changed=True)
         if epoch >= config.epoch:
             dataset = with_noise(state.noise, dataset)
         return state, dataset, info

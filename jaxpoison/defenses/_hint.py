@@ -24,8 +24,9 @@ import numpy as np
 from jaxpoison import curvature, influence, solvers
 from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, check, check_trusted, to_float
+from jaxpoison.defenses._ids import NO_ID, rows_of
 from jaxpoison.models import Classifier
-from jaxpoison.training.hooks import Defense, keep_batch
+from jaxpoison.training.hooks import UNCHANGED, Defense, Info
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +79,9 @@ class HintState(NamedTuple):
 
     Attributes:
       key: PRNG key; LiSSA and random selection draw from it.
-      chosen: int32 [ceil(r n)], ascending; indices of D_s, meaningless before the first update.
-        Where `mass` takes fewer examples, the last entries are n.
+      chosen: int32 [ceil(r n)], ascending; ids of D_s, meaningless before the first update. Where
+        `mass`, or what another defense has left of the set, takes fewer examples, the last entries
+        are the largest int32.
       noise: float32 [ceil(r n), H, W, C], x~ - x of the chosen examples; zero at first.
     """
 
@@ -156,34 +158,43 @@ def hint(
             )
 
     @jax.jit
-    def largest_scores(head, s, train):
+    def largest_scores(head, s, train, ids):
         scores = influence.example_influence(influence.linear_head_loss, head, s, train)
-        num_examples = len(scores)
-        sizes, indices = jax.lax.top_k(jnp.abs(scores), _num_chosen(config, num_examples))
-        if config.mass is not None:
-            before = jnp.cumsum(sizes) - sizes  # what larger scores hold already
-            needed = (before < config.mass * jnp.sum(jnp.abs(scores))).at[0].set(True)
-            indices = jnp.where(needed, indices, num_examples)
-        return jnp.sort(indices).astype(jnp.int32)
-
-    def choose(key, head, s, train):
-        num_examples = len(train[1])
-        if config.selection == "influence":
-            return largest_scores(head, s, train)
-        order = jax.random.permutation(jax.random.fold_in(key, 1), num_examples)
-        return jnp.sort(order[: _num_chosen(config, num_examples)]).astype(jnp.int32)
-
-    def in_use(state, num_examples):
-        """The state without the entries that `mass` leaves over, so that they cost nothing."""
+        sizes = jnp.where(ids >= 0, jnp.abs(scores), -1.0)  # added examples are never chosen
+        sizes, rows = jax.lax.top_k(sizes, len(sizes))
         if config.mass is None:
+            return ids[rows]
+        before = jnp.cumsum(sizes) - sizes  # what larger scores hold already
+        total = jnp.sum(jnp.where(ids >= 0, jnp.abs(scores), 0.0))
+        needed = (before < config.mass * total).at[0].set(True)
+        return jnp.where(needed, ids[rows], NO_ID)
+
+    def choose(key, head, s, train, ids, length):
+        """The ids of D_s, filled up to `length`."""
+        if config.selection == "influence":
+            order = largest_scores(head, s, train, ids)
+        else:
+            order = ids[jax.random.permutation(jax.random.fold_in(key, 1), len(ids))]
+            order = order[jnp.argsort(order < 0, stable=True)]
+        num_collected = int(jnp.sum(ids >= 0))
+        chosen = order[: min(length, _num_chosen(config, num_collected))]
+        chosen = jnp.pad(chosen, (0, length - len(chosen)), constant_values=NO_ID)
+        return jnp.sort(chosen).astype(jnp.int32)
+
+    def in_use(state):
+        """The state without the entries that fill it up, so that they cost nothing."""
+        count = int(np.searchsorted(devices.to_host(state.chosen), NO_ID))
+        if count == len(state.chosen):
             return state
-        count = int(np.searchsorted(devices.to_host(state.chosen), num_examples))
         return state._replace(chosen=state.chosen[:count], noise=state.noise[:count])
 
     @jax.jit
     def chosen_examples(state, dataset):
-        received = to_float(dataset.images[state.chosen])
-        return received, _perturb(received, state.noise), dataset.labels[state.chosen]
+        rows = rows_of(state.chosen, dataset.ids)
+        received = to_float(dataset.images.at[rows].get(mode="clip"))
+        perturbed = _perturb(received, state.noise)
+        labels = dataset.labels.at[rows].get(mode="clip")
+        return received, perturbed, labels, rows < len(dataset.labels)
 
     @jax.jit
     def move(received, noise, maps, gamma):
@@ -207,11 +218,17 @@ def hint(
     @jax.jit
     def with_noise(state, dataset):
         images = to_float(dataset.images)
-        chosen = _perturb(images[state.chosen], state.noise)
-        return dataset._replace(images=images.at[state.chosen].set(chosen, mode="drop"))
+        rows = rows_of(state.chosen, dataset.ids)
+        chosen = _perturb(images.at[rows].get(mode="clip"), state.noise)
+        return dataset._replace(images=images.at[rows].set(chosen, mode="drop"))
 
-    def init(key, dataset):
+    def init(key, dataset, num_epochs):
         check(dataset, model.num_classes)
+        if min(config.schedule) >= num_epochs:
+            raise ValueError(
+                f"HINT's schedule {config.schedule} has no epoch below the run's {num_epochs}, so "
+                "it would never act: choose earlier epochs or train longer"
+            )
         num_chosen = _num_chosen(config, len(dataset.labels))
         return devices.replicate(
             HintState(
@@ -230,7 +247,7 @@ def hint(
         if over_all:
             current = dataset if first else with_noise(state, dataset)
         else:
-            current = Dataset(*chosen_examples(in_use(state, len(dataset.labels)), dataset)[1:])
+            current = Dataset(*chosen_examples(in_use(state), dataset)[1:3])
         lap = _Laps()
         train = lap("features", (features(variables, current.images), current.labels))
         group = lap("features", (features(variables, trusted.images), trusted.labels))
@@ -239,34 +256,35 @@ def hint(
         if config.solver != "identity":
             solvers.require_converged(solution, f"HINT's solve before epoch {epoch}")
         if first and (config.ratio < 1 or config.mass is not None):
-            chosen = lap("scores", choose(state.key, head, solution.value, train))
+            ids, length = dataset.ids, len(state.chosen)
+            chosen = lap("scores", choose(state.key, head, solution.value, train, ids, length))
             state = state._replace(chosen=chosen)
-        num_examples = len(dataset.labels)
-        part = in_use(state, num_examples)
-        received, perturbed, labels = chosen_examples(part, dataset)
+        part = in_use(state)
+        received, perturbed, labels, present = chosen_examples(part, dataset)
         maps = lap("pixel_maps", pixel_influence((variables, solution.value), (perturbed, labels)))
         late = config.late_epoch is not None and epoch >= config.late_epoch
-        noise, info = move(received, part.noise, maps, config.gamma / (10 if late else 1))
+        noise, metrics = move(received, part.noise, maps, config.gamma / (10 if late else 1))
+        noise = jnp.where(present[:, None, None, None], noise, part.noise)
         if config.mass is not None:
-            info["ratio"] = len(noise) / num_examples
+            metrics["ratio"] = len(noise) / len(dataset.labels)
+        if len(noise) < len(state.noise):
             noise = state.noise.at[: len(noise)].set(noise)
-        info |= {
+        metrics |= {
             "residual": solution.residual,
             "solver_steps": solution.num_steps,
-            "chosen": jnp.zeros(num_examples, bool).at[part.chosen].set(True),
             **lap.seconds,
         }
-        return state._replace(noise=noise), info
+        return state._replace(noise=noise), Info(metrics, part.chosen, changed=True)
 
     def on_epoch(state, epoch, train_state, dataset):
-        info = {}
+        info = UNCHANGED
         if epoch in config.schedule:
             state, info = update(state, epoch, train_state, dataset)
         if epoch >= min(config.schedule):
             dataset = with_noise(state, dataset)
         return state, dataset, info
 
-    return Defense(init, on_epoch, keep_batch)
+    return Defense(init, on_epoch)
 
 
 class _Laps:

@@ -56,8 +56,7 @@ def adversarial_training(model: Classifier, config: FatConfig = FatConfig()) -> 
 
     def on_epoch(state, epoch, train_state, dataset):
         tau = sum(epoch >= start for start in config.tau_epochs)
-        info: Info = {"tau": float(tau)}
-        return jnp.full_like(state, tau), dataset, info
+        return jnp.full_like(state, tau), dataset, Info({"tau": float(tau)})
 
     def on_batch(state, key, train_state, batch):
         images, labels = batch.images, batch.labels
@@ -84,7 +83,7 @@ def adversarial_training(model: Classifier, config: FatConfig = FatConfig()) -> 
         (x, _, _), _ = loops.inner_scan(step, carry, jax.random.split(steps_key, config.num_steps))
         return batch._replace(images=x)
 
-    return Defense(lambda key, dataset: jnp.zeros((), jnp.int32), on_epoch, on_batch)
+    return Defense(lambda key, dataset, num_epochs: jnp.zeros((), jnp.int32), on_epoch, on_batch)
 
 
 class _L2:

@@ -1,7 +1,7 @@
 """The characteristic-vector filter (arXiv 2403.13523) as a defence: poisons leave before training.
 
-For transfer learning, where the extractor is trained already: what it says of the examples is
-decided once, so defences that come after it in a chain never see what was flagged.
+For transfer learning, where the extractor is trained already: the verdict is reached once, before
+the first epoch, so defenses after it in a chain never see what was flagged.
 """
 
 from typing import Any
@@ -12,9 +12,10 @@ import numpy as np
 
 from jaxpoison.core import devices
 from jaxpoison.data import Dataset, check, to_float
+from jaxpoison.defenses._ids import for_rows
 from jaxpoison.filters import CharacteristicVectorFilter
 from jaxpoison.models import Classifier
-from jaxpoison.training.hooks import Defense, keep_batch, select
+from jaxpoison.training.hooks import UNCHANGED, Defense, Info, select
 
 
 def characteristic_filter(
@@ -51,18 +52,18 @@ def characteristic_filter(
         **settings,
     )
 
-    def init(key, dataset):
+    def init(key, dataset, num_epochs):
         check(dataset, model.num_classes)
-        reference = None if trusted is None else tuple(trusted)
+        reference = None if trusted is None else (trusted.images, trusted.labels)
         result = model_filter.fit_filter(dataset.images, dataset.labels, reference)
         return jnp.asarray(result.keep_mask)
 
-    def keep(state, num_examples) -> np.ndarray:
-        return devices.to_host(state)
-
     def on_epoch(state, epoch, train_state, dataset):
-        kept = keep(state, len(dataset.labels))
-        info = {"flagged": float(np.sum(~kept)), "chosen": ~state} if epoch == 0 else {}
+        kept = devices.to_host(for_rows(state, dataset.ids, missing=True))
+        info = UNCHANGED
+        if epoch == 0:
+            flagged = np.flatnonzero(~devices.to_host(state))
+            info = Info({"flagged": len(flagged)}, flagged, changed=True)
         return state, select(dataset, kept), info
 
-    return Defense(init, on_epoch, keep_batch, keep)
+    return Defense(init, on_epoch)

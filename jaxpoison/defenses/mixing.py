@@ -8,7 +8,7 @@ defence that needs class numbers in `on_batch` (adversarial training) comes befo
 import jax
 import jax.numpy as jnp
 
-from jaxpoison.training.hooks import Defense, keep_epoch
+from jaxpoison.training.hooks import Defense
 
 
 def mixup(num_classes: int, alpha: float = 1.0) -> Defense:
@@ -31,7 +31,7 @@ def mixup(num_classes: int, alpha: float = 1.0) -> Defense:
         labels = _mix_labels(batch.labels, order, weight, num_classes)
         return batch._replace(images=images, labels=labels)
 
-    return Defense(lambda key, dataset: (), keep_epoch, on_batch)
+    return Defense(on_batch=on_batch)
 
 
 def cutmix(num_classes: int, alpha: float = 1.0) -> Defense:
@@ -64,7 +64,7 @@ def cutmix(num_classes: int, alpha: float = 1.0) -> Defense:
         labels = _mix_labels(batch.labels, order, kept, num_classes)
         return batch._replace(images=images, labels=labels)
 
-    return Defense(lambda key, dataset: (), keep_epoch, on_batch)
+    return Defense(on_batch=on_batch)
 
 
 def _interval(key, side, share):

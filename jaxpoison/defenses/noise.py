@@ -5,8 +5,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxpoison.data import to_float
-from jaxpoison.training.hooks import Defense, keep_batch, keep_epoch
+from jaxpoison.defenses._ids import with_noise
+from jaxpoison.training.hooks import Defense, Info
 
 Kind = Literal["bernoulli", "uniform", "gaussian"]
 
@@ -29,7 +29,7 @@ def random_noise(size: float, kind: Kind = "bernoulli") -> Defense:
     def on_batch(state, key, train_state, batch):
         return batch._replace(images=batch.images + draw(key, batch.images.shape))
 
-    return Defense(lambda key, dataset: (), keep_epoch, on_batch)
+    return Defense(on_batch=on_batch)
 
 
 def fixed_noise(size: float, ratio: float, kind: Kind = "uniform") -> Defense:
@@ -49,23 +49,21 @@ def fixed_noise(size: float, ratio: float, kind: Kind = "uniform") -> Defense:
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio r must be in (0, 1], not {ratio}")
 
-    def init(key, dataset):
-        return key
-
-    def on_epoch(state, epoch, train_state, dataset):
-        return state, with_noise(state, dataset), {}
-
     @jax.jit
-    def with_noise(key, dataset):
-        images = to_float(dataset.images)
+    def drawn(key, images):
         choose_key, noise_key = jax.random.split(key)
         num_chosen = max(1, round(ratio * len(images)))
         ranks = jax.random.permutation(choose_key, len(images))
         chosen = (ranks < num_chosen)[:, None, None, None]
-        noisy = jnp.clip(images + draw(noise_key, images.shape), 0.0, 1.0)
-        return dataset._replace(images=jnp.where(chosen, noisy, images))
+        return jnp.where(chosen, draw(noise_key, images.shape), 0)
 
-    return Defense(init, on_epoch, keep_batch)
+    def init(key, dataset, num_epochs):
+        return drawn(key, dataset.images)
+
+    def on_epoch(state, epoch, train_state, dataset):
+        return state, with_noise(state, dataset), Info(changed=epoch == 0)
+
+    return Defense(init, on_epoch)
 
 
 def _sampler(size, kind):

@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxpoison.core import devices
 from jaxpoison.data import check, to_float
-from jaxpoison.training.hooks import Defense, keep_batch
+from jaxpoison.defenses._ids import for_rows
+from jaxpoison.training.hooks import Defense, Info
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and JPEG use
 
@@ -21,7 +22,8 @@ def jpeg(quality: int = 10) -> Defense:
     """Returns the defence that trains on the images as JPEG leaves them.
 
     The set as collected is compressed once, in `init`, on the host and in 8 bits: about 20 s for
-    50,000 images of 32 x 32. So it goes first in a chain. Images have one channel or three.
+    50,000 images of 32 x 32. What defenses before it in a chain have done to pixels is lost. Images
+    have one channel or three.
 
     Args:
       quality: of the encoder, 1 to 95; 10 is that of the paper.
@@ -32,15 +34,21 @@ def jpeg(quality: int = 10) -> Defense:
     if not 1 <= quality <= 95:
         raise ValueError(f"the quality of JPEG is 1 to 95, not {quality}")
 
-    def init(key, dataset):
+    def init(key, dataset, num_epochs):
         check(dataset)
         _check_channels(dataset, (1, 3), "JPEG")
         return jnp.asarray(compress(devices.to_host(dataset.images), quality))
 
     def on_epoch(state, epoch, train_state, dataset):
-        return state, dataset._replace(images=state), {}
+        return state, squeezed(state, dataset), Info(changed=epoch == 0)
 
-    return Defense(init, on_epoch, keep_batch)
+    @jax.jit
+    def squeezed(state, dataset):
+        own = (dataset.ids >= 0)[:, None, None, None]
+        images = to_float(for_rows(state, dataset.ids))
+        return dataset._replace(images=jnp.where(own, images, to_float(dataset.images)))
+
+    return Defense(init, on_epoch)
 
 
 def compress(images: np.ndarray, quality: int) -> np.ndarray:
@@ -70,7 +78,7 @@ def grey() -> Defense:
       ValueError: from `init`, for a bad training set or images that are not in colour.
     """
 
-    def init(key, dataset):
+    def init(key, dataset, num_epochs):
         check(dataset)
         _check_channels(dataset, (3,), "grey-scale")
         return ()
@@ -82,9 +90,9 @@ def grey() -> Defense:
         return dataset._replace(images=jnp.broadcast_to(luma[..., None], images.shape))
 
     def on_epoch(state, epoch, train_state, dataset):
-        return state, without_colour(dataset), {}
+        return state, without_colour(dataset), Info(changed=epoch == 0)
 
-    return Defense(init, on_epoch, keep_batch)
+    return Defense(init, on_epoch)
 
 
 def _check_channels(dataset, allowed, what):

@@ -9,20 +9,19 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxpoison import network
 from jaxpoison.core import devices
 from jaxpoison.data import Dataset, check_trusted, to_float
 from jaxpoison.models import Classifier
 from jaxpoison.training import heads
 from jaxpoison.training.heads import HEAD, HeadRecipe
-from jaxpoison.training.hooks import Defense, keep_batch, keep_epoch
+from jaxpoison.training.hooks import Defense, Info
 
 
 def add_trusted(
     trusted: Dataset, *, repeats: int | None = 1, mesh: jax.sharding.Mesh | None = None
 ) -> Defense:
     """Returns the defence that appends the trusted examples to the training set of each epoch.
-
-    In a chain it comes after those that hold something for each example.
 
     Args:
       trusted: M clean examples, at least two classes.
@@ -43,9 +42,6 @@ def add_trusted(
     def repeats_for(num_examples):
         return repeats or max(1, round(num_examples / num_trusted))
 
-    def size(num_examples):
-        return num_examples + repeats_for(num_examples) * num_trusted
-
     @jax.jit
     def joined(dataset, trusted):
         repeats = repeats_for(len(dataset.labels))
@@ -53,12 +49,13 @@ def add_trusted(
         return dataset._replace(
             images=jnp.concatenate([to_float(dataset.images), images]),
             labels=jnp.concatenate([dataset.labels, jnp.tile(trusted.labels, repeats)]),
+            ids=jnp.concatenate([dataset.ids, jnp.full(repeats * num_trusted, -1, jnp.int32)]),
         )
 
     def on_epoch(state, epoch, train_state, dataset):
-        return state, joined(dataset, trusted), {}
+        return state, joined(dataset, trusted), Info(changed=epoch == 0)
 
-    return Defense(lambda key, dataset: (), on_epoch, keep_batch, size=size)
+    return Defense(on_epoch=on_epoch)
 
 
 def refit_head(model: Classifier, trusted: Dataset, recipe: HeadRecipe = HEAD) -> Defense:
@@ -80,13 +77,13 @@ def refit_head(model: Classifier, trusted: Dataset, recipe: HeadRecipe = HEAD) -
     )
 
     def finish(state, train_state):
-        features = heads.features(model, train_state.variables, trusted.images)
+        features = network.features(model, train_state.variables, trusted.images)
         # On all devices, as the features are, wherever training was.
         key, labels = devices.replicate((state, trusted.labels), devices.data_mesh())
         head = fit_head(key, features, labels)
         return train_state._replace(params={**train_state.params, "head": head})
 
-    return Defense(lambda key, dataset: key, keep_epoch, keep_batch, finish=finish)
+    return Defense(lambda key, dataset, num_epochs: key, finish=finish)
 
 
 def recommended(trusted: Dataset, *, mesh: jax.sharding.Mesh | None = None) -> Defense:

@@ -157,7 +157,7 @@ def _tar_reader(path: Path) -> Callable[[str], bytes]:
 class _Bounded(io.RawIOBase):
     """A stream that raises a ValueError instead of giving more than `most` bytes."""
 
-    def __init__(self, stream: BinaryIO, most: int):
+    def __init__(self, stream: BinaryIO | gzip.GzipFile, most: int):
         self._stream, self._left = stream, most
 
     def read(self, size: int = -1) -> bytes:
@@ -201,7 +201,7 @@ def _read_idx_pair(images_path: Path, labels_path: Path) -> Dataset:
     return Dataset(images[..., None], _checked_labels(labels, str(labels_path)))
 
 
-def _unpacked(file: BinaryIO) -> BinaryIO:
+def _unpacked(file: BinaryIO) -> BinaryIO | gzip.GzipFile:
     """Returns the content of an open file, without gzip if there is any."""
     # By content: some mirrors and browsers unpack a file without renaming it.
     is_gzip = file.read(2) == b"\x1f\x8b"
