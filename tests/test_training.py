@@ -152,7 +152,7 @@ def test_training_is_the_same_on_every_number_of_devices():
     one = train(1)
     assert int(one.step) == 3
     start = training.init_state(
-        conv_model(), optimizer(QUICK, 3), jax.random.split(jax.random.key(0), 3)[0], (8, 8, 3)
+        conv_model(), optimizer(QUICK), jax.random.split(jax.random.key(0), 3)[0], (8, 8, 3)
     )
     moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), one.params, start.params)
     assert max(jax.tree.leaves(moved)) > 1e-2

@@ -17,7 +17,6 @@ import numpy as np
 from jaxpoison import network
 from jaxpoison.attacks.archive import PoisonedDataset, Target
 from jaxpoison.attacks.base import Victim
-from jaxpoison.core import devices
 from jaxpoison.data import Dataset, check, to_float
 from jaxpoison.evaluation.statistics import wilson
 from jaxpoison.models import Classifier
@@ -94,7 +93,6 @@ def scratch_outcome(
     """
     targets = _checked(poisoned, test, model.num_classes)
     defense = none() if defense is None else defense
-    mesh = devices.data_mesh()
     answers = []
     for trial, (one, target) in enumerate(zip(poisoned, targets, strict=True)):
         state = fit(
