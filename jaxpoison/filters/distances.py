@@ -276,9 +276,7 @@ _METRICS = {"cosine": _cosine, "l2": _l2, "z": _z}
 def _mahalanobis(x, c, metric):
     x, c = x * metric.factor, c * metric.factor
     square = jnp.sum(jnp.square(x[:, None] - c), axis=-1)
-    examples, classes = (
-        jnp.matmul(a, metric.residuals.T, precision=_EXACT) for a in (x, c)
-    )
+    examples, classes = (jnp.matmul(a, metric.residuals.T, precision=_EXACT) for a in (x, c))
 
     def explained(one_class):
         products = (examples - one_class).T

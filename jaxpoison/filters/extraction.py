@@ -84,9 +84,9 @@ def extract_charvec(
     **apply_kwargs: Any,
 ) -> CharVec:
     """Returns the characteristic vectors of `x`; see `apply_and_extract`."""
-    return apply_and_extract(
-        model, variables, x, predicate=predicate, stats=stats, **apply_kwargs
-    )[1]
+    return apply_and_extract(model, variables, x, predicate=predicate, stats=stats, **apply_kwargs)[
+        1
+    ]
 
 
 def apply_and_extract(
@@ -142,8 +142,8 @@ def apply_and_extract(
         capture = functools.partial(_tapped, model, variables, predicate, apply_kwargs)
     else:
         raise TypeError(
-            f"model is a {type(model).__name__}, whose layers cannot be seen; expected a Flax Linen "
-            "or NNX module, or a network.Network made from one"
+            f"model is a {type(model).__name__}, whose layers cannot be seen; expected a Flax "
+            "Linen or NNX module, or a network.Network made from one"
         )
     if stats == "input":
         try:
@@ -202,9 +202,7 @@ def _capture(module, variables, predicate, stats, apply_kwargs, x, *, together):
             if stats == "self":
                 output, block = _train_on_one(next_fn, args, kwargs, layer)
             else:
-                block = _measure(
-                    layer, inputs, kwargs.get("mask"), together, _name(layer.path)
-                )
+                block = _measure(layer, inputs, kwargs.get("mask"), together, _name(layer.path))
                 output = next_fn(*args, **kwargs)
             met.num_measured += 1
             facts = _Facts(inputs.size // block.mean.size, met.num_measured, *block.mean.shape)

@@ -18,8 +18,10 @@ from jaxpoison.filters.features import (
     verdict,
 )
 from jaxpoison.filters.inputs import trusted_chunks, where
-from jaxpoison.filters.passes import Comparison, no_examples, passes
+from jaxpoison.filters.nearest import make_reference
+from jaxpoison.filters.passes import no_examples, passes
 from jaxpoison.filters.result import FilterResult, decide, top_of_each_class
+from jaxpoison.filters.settings import FilterSettings
 
 _BATCH = 1024  # examples whose sums are taken at a time
 
@@ -129,16 +131,14 @@ def feature_centroid(
 
 def _distances(features, reference, reference_labels, num_classes, metric):
     """Returns the distances to all centroids, [N, K]; besides them, memory is linear in N and K."""
-    comparison = Comparison("mean", "mean", metric, 0.5, False)
-    mesh = devices.data_mesh()
-    run = passes(None, comparison, _BATCH, mesh)
+    settings, mesh = FilterSettings(metric=metric, batch_size=_BATCH), devices.data_mesh()
+    run = passes(None, settings, mesh)
     x, known = (_vectors(array) for array in (features, reference))
-    none = no_examples(run, comparison, None, known, num_classes)
-    placed = devices.replicate((none, known, reference_labels, x), mesh)
-    centroids, _ = run.accumulate(None, placed[0], placed[1:3])
-    gamma = devices.replicate(np.ones(1, np.float32), mesh)
+    none = no_examples(run, settings, None, known, num_classes)
+    none, known, reference_labels, x = devices.replicate((none, known, reference_labels, x), mesh)
+    centroids, _ = run.accumulate(None, none, (known, reference_labels))
     labels = devices.replicate(np.zeros(len(features), np.int32), mesh)
-    return run.compare((None, centroids, gamma, None), (placed[3], labels))[0]
+    return run.compare((None, make_reference(centroids, settings)), (x, labels))[0]
 
 
 def _vectors(features):

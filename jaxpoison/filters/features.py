@@ -109,21 +109,21 @@ def by_class(fn: Callable[..., Any], *arrays: Any, labels: np.ndarray, **static:
     sizes = np.maximum(8, 2 ** np.ceil(np.log2(np.maximum(counts, 1))).astype(int))
     width = max([1, *(int(np.prod(array.shape[1:])) for array in arrays)])
     arrays = jax.tree.map(jnp.asarray, arrays)
-    found = None
+    rows_found, parts = [], []
     for size in np.unique(sizes[counts > 0]):
         mine = np.flatnonzero((sizes == size) & (counts > 0))
         at_once = int(np.clip(_CELLS // (size * max(size, width)), 1, len(mine)))
-        missing = -len(mine) % at_once
+        # Classes of no members fill up the last of the groups.
+        mine = np.pad(mine, (0, -len(mine) % at_once), constant_values=-1)
         place = np.arange(size)
-        members = place < counts[mine][:, None]
+        members = (mine >= 0)[:, None] & (place < counts[mine][:, None])
         rows = order[np.minimum(starts[mine][:, None] + place, len(labels) - 1)]
-        padded = np.pad(members, ((0, missing), (0, 0))), np.pad(rows, ((0, missing), (0, 0)))
-        outputs = run(arrays, *(a.reshape(-1, at_once, size) for a in padded))
-        outputs = jax.tree.map(lambda a: np.asarray(a)[: len(members)][members], outputs)
-        if found is None:
-            found = jax.tree.map(lambda a: np.empty((len(labels), *a.shape[1:]), a.dtype), outputs)
-        jax.tree.map(lambda all_, new: all_.__setitem__(rows[members], new), found, outputs)
-    return found
+        outputs = run(arrays, *(a.reshape(-1, at_once, size) for a in (members, rows)))
+        rows_found.append(rows[members])
+        parts.append([np.asarray(leaf)[members] for leaf in jax.tree.leaves(outputs)])
+    back = np.argsort(np.concatenate(rows_found))
+    leaves = [np.concatenate(part)[back] for part in zip(*parts, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(outputs), leaves)
 
 
 @functools.cache

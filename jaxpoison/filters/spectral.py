@@ -4,10 +4,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxpoison.filters.features import EXACT, TINY, by_class, check_share, checked, class_means
-from jaxpoison.filters.features import verdict
+from jaxpoison.filters.features import (
+    EXACT,
+    TINY,
+    by_class,
+    check_share,
+    checked,
+    class_means,
+    verdict,
+)
 from jaxpoison.filters.result import FilterResult, top_of_each_class
 
 
@@ -34,9 +40,7 @@ def spectral_signatures(
     check_share("poison_share", poison_share)
     features, labels, classes = checked(features, y)
     around = features - class_means(features, labels, len(classes))[labels]
-    score = by_class(
-        _scores, around, around if centered else features, labels=labels
-    )
+    score = by_class(_scores, around, around if centered else features, labels=labels)
     settings = {"filter": "spectral_signatures", "poison_share": poison_share, "centered": centered}
     flagged = top_of_each_class(score, labels, 1.5 * float(poison_share))
     return verdict(y, flagged, score, labels, classes, settings)
