@@ -415,8 +415,8 @@ class CharacteristicVectorFilter:
         same_layers = found.paths == self.centroids_.paths
         if same_layers and found.sizes != self.centroids_.sizes and self._shapes is not None:
             raise ValueError(
-                f"X has {inputs.described(inputs.shapes_of(chunk.x))}, but the centroids are of "
-                f"{inputs.described(self._shapes)}: resize them to one size"
+                f"X has {inputs.described(inputs.shapes_of(chunk.x))}, but the centroids are those "
+                f"of {inputs.described(self._shapes)}: resize them to one size"
             )
 
     def _positions(self, chunk: Chunk) -> np.ndarray:

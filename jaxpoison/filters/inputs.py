@@ -49,12 +49,11 @@ class Batches:
         before = None
         for number, batch in enumerate(self.source):
             name = f"batch {number}"
-            x, y = _pair(batch, name)
-            chunk = _chunk(x, y, name)
+            chunk = _chunk(*_pair(batch, name), name, getattr(batch, "ids", None))
             shapes = shapes_of(chunk.x)
             if before is not None and shapes != before:
                 raise ValueError(
-                    f"{name} has {described(shapes)}, those before {described(before)}: "
+                    f"{name} has {described(shapes)}, those before {_listed(before)}: "
                     f"{_one_size(shapes)}"
                 )
             before = shapes
@@ -80,7 +79,7 @@ def chunks(X: Any, y: Any = None, name: str = "X") -> Whole | Batches:
             raise TypeError(f"{name} is a {type(X).__name__}, which has its labels: leave y out")
         return Whole([_chunk(X, y, name)])
     if _holds_labels(X) or _is_pair(X):
-        return Whole([_chunk(*_pair(X, name), name)])
+        return Whole([_chunk(*_pair(X, name), name, getattr(X, "ids", None))])
     if isinstance(X, dict):
         raise TypeError(
             f"{name} is a dict of {', '.join(map(str, X))}, and there are no labels: give the "
@@ -133,7 +132,7 @@ def shapes_of(x: Any) -> tuple[tuple[int, ...], ...]:
 def described(shapes: Sequence[Sequence[int]]) -> str:
     """Returns shapes of examples in words."""
     kind = "images" if any(len(shape) == 3 for shape in shapes) else "examples"
-    return f"{kind} of {', '.join(str(tuple(shape)) for shape in shapes)}"
+    return f"{kind} of {_listed(shapes)}"
 
 
 def ids_of(y: Any) -> np.ndarray | None:
@@ -148,7 +147,7 @@ def where(wanted: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return np.where(np.isin(wanted, classes), place, -1)
 
 
-def _chunk(x, y, name):
+def _chunk(x, y, name, ids=None):
     x = examples(x, name)
     own = "y" if name == "X" else f"{name}: labels"
     positions, classes = labels.encode(y, own)
@@ -158,7 +157,7 @@ def _chunk(x, y, name):
             f"{name} has {', '.join(map(str, sorted(lengths)))} examples, but there are "
             f"{len(positions)} labels: give one label to each example"
         )
-    return Chunk(x, positions, classes, ids_of(y))
+    return Chunk(x, positions, classes, ids_of(y) if ids is None else np.asarray(ids))
 
 
 def _array(value, name):
@@ -201,6 +200,10 @@ def looks_channels_first(shape: Sequence[int]) -> bool:
     """Returns whether images of this shape, [N, ...], have their 1 or 3 channels first."""
     _, channels, height, width = shape
     return min(height, width) > 4 and (channels == 3 or (channels == 1 and height == width))
+
+
+def _listed(shapes):
+    return ", ".join(str(tuple(shape)) for shape in shapes)
 
 
 def _one_size(shapes):

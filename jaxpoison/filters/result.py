@@ -42,8 +42,8 @@ class FilterResult:
       real_label: [N], the label that the filter would give; None where it has no opinion.
       distances: float32 [N, K], to each class, in the order of `classes`; None likewise.
       settings: (name, value) of the filter and its settings, oracle quantities included.
-      ids: [N], names of the examples: the index of the pandas Series that the labels came in; or
-        None.
+      ids: [N], names of the examples: the index of the pandas Series that the labels came in, or
+        the ids of a `data.Dataset`; None where they have none.
     """
 
     is_poison: Any
@@ -232,7 +232,7 @@ def warn_of_gaps(classes: np.ndarray) -> None:
     low, high = int(classes[0]), int(classes[-1])
     if high - low + 1 != len(classes):
         # In Python's integers: differences of 64-bit hashes overflow.
-        first = next(int(c) for i, c in enumerate(classes.tolist(), low) if c != i) - 1
+        first = next(i for i, c in enumerate(classes.tolist(), low) if c != i)
         warnings.warn(
             f"the labels have gaps: {len(classes)} classes among {low}..{high}, {first} is none of "
             f"them; taken as {len(classes)} classes, in the order of result.classes",
