@@ -623,12 +623,34 @@ def test_heads_refuse_what_they_cannot_learn_from():
     features, labels = clusters()
     with pytest.raises(ValueError, match=r"expected \[N, d\] and \[N\]"):
         training.fit_head(jax.random.key(0), features, jnp.asarray(labels)[:-1], num_classes=3)
+    for bad, message in (
+        (labels + 1, "3"),  # labels from 1
+        (labels + 0.5, "whole"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training.fit_head(jax.random.key(0), features, bad, num_classes=3)
+    with pytest.raises(ValueError, match=r"keep is int32 .* one bool for each"):
+        training.fit_head(
+            jax.random.key(0), features, labels, num_classes=3, keep=np.ones(len(labels), np.int32)
+        )
     for change in ({"epochs": 0}, {"batch_size": 0}):
-        recipe = dataclasses.replace(training.HEAD, **change)
         with pytest.raises(ValueError, match="must be at least 1"):
-            training.fit_head(
-                jax.random.key(0), features, jnp.asarray(labels), num_classes=3, recipe=recipe
-            )
+            dataclasses.replace(training.HEAD, **change)
+
+
+def test_numpy_and_jax_arrays_give_the_same_head():
+    features, labels = clusters()
+    keep = np.arange(len(labels)) % 4 > 0
+    recipe = dataclasses.replace(training.HEAD, epochs=2)
+
+    def fit(features, labels, keep):
+        return training.fit_head(
+            jax.random.key(0), features, labels, num_classes=3, recipe=recipe, keep=keep
+        )
+
+    want = fit(jnp.asarray(features), jnp.asarray(labels), jnp.asarray(keep))
+    for given in ((np.asarray(features), np.asarray(labels), keep), (features, list(labels), keep)):
+        jax.tree.map(np.testing.assert_array_equal, fit(*given), want)
 
 
 # The victim
@@ -745,7 +767,7 @@ def test_fit_refuses_to_train_parts_that_there_are_not():
     train = Dataset(np.zeros((8, 8, 8, 3), np.uint8), np.arange(8, dtype=np.int32))
     trained = model.init(jax.random.key(9), jnp.zeros((1, 8, 8, 3)))
     transfer = training.Transfer(trained, unfrozen=("stage7",))
-    with pytest.raises(ValueError, match=r"no parts stage7 .* stage0_block0, stem"):
+    with pytest.raises(ValueError, match=r"no parts stage7 .* body/stage0_block0/conv1, .* head"):
         training.fit(
             model, training.Recipe(batch_size=8), train, key=jax.random.key(0), transfer=transfer
         )
