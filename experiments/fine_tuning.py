@@ -17,6 +17,7 @@ Writes fine_tuning.json into the run's folder.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import sys
 import warnings
@@ -33,7 +34,6 @@ from transfer_setting import attack_of, first_of_each_class, read
 
 from jaxpoison import attacks, defenses, training
 from jaxpoison.attacks import PoisonedDataset, TargetedAttack, Victim
-from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense
 from jaxpoison.filters import ContaminationWarning
@@ -189,7 +189,7 @@ def tuned(
     """Returns what becomes of all trials: successes, accuracy, and what the filter would find."""
     config, sets, model = work.config, work.sets, bench.victim.model
     trusted = first_of_each_class(sets.trusted, config.trusted_per_class)
-    predict = training.evaluator(model, mesh=devices.data_mesh())
+    predict = functools.partial(network.predict, model)
     seen: dict[int, list[tuple[np.floating, ...]]] = {epoch: [] for epoch in looks(recipe)}
     successes, accuracies = 0, []
     for one in poisoned:

@@ -25,7 +25,7 @@ import run
 import tables
 import tyro
 
-from jaxpoison import attacks, data, defenses, models, training
+from jaxpoison import attacks, data, defenses, models, network, training
 from jaxpoison.attacks import DeepConfuseConfig
 from jaxpoison.core import devices, hosts, loops
 from jaxpoison.data import Dataset, Splits, to_float
@@ -536,9 +536,9 @@ def draw_noise(work: Work, cell: Cell, picture: Path) -> None:
     received = Dataset(np.asarray(to_float(train.images[rows])), train.labels[rows])
     added = np.asarray(noise[strongest])
     perturbed = np.clip(received.images + added, 0, 1)
-    predict = training.evaluator(work.model, mesh=devices.data_mesh())
     before, after = (
-        devices.to_host(predict(state.variables, images)) for images in (received.images, perturbed)
+        devices.to_host(network.predict(work.model, state.variables, images))
+        for images in (received.images, perturbed)
     )
     hosts.on_main(
         lambda: figures.healthy_noise(

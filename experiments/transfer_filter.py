@@ -49,7 +49,7 @@ from transfer_setting import (
     require_sensible,
 )
 
-from jaxpoison import attacks, evaluation, training
+from jaxpoison import attacks, evaluation, network, training
 from jaxpoison.attacks import PoisonedDataset, Victim
 from jaxpoison.data import Dataset, catalogue
 from jaxpoison.defenses import chain, characteristic_filter, hint, none
@@ -189,7 +189,7 @@ def prepare(work: Work, network: str) -> Bench:
     finally:
         checkpoints.close()
     train, targets, test = (
-        training.features(model, state.variables, part.images)
+        network.features(model, state.variables, part.images)
         for part in (sets.train, sets.targets, sets.test)
     )
     fit = jax.jit(functools.partial(training.fit_head, num_classes=model.num_classes))
@@ -207,7 +207,7 @@ def prepare(work: Work, network: str) -> Bench:
         )
     bench = Bench(
         network,
-        Victim(model, training.with_head(state.variables, head)),
+        Victim(model, network.as_network(model).with_head(state.variables, head)),
         float(np.mean(answers(test, head) == sets.test.labels)),
         np.flatnonzero(right),
         min(config.num_targets, int(allowed.sum())),
@@ -316,7 +316,7 @@ def with_hint(work: Work, bench: Bench, cell: Cell) -> list[dict[str, Any]]:
     }  # fmt: skip
     aims = [one.target for one in poisoned if one.target is not None]
     targets, test = (
-        training.features(model, variables, images)
+        network.features(model, variables, images)
         for images in (np.concatenate([aim.images for aim in aims]), sets.test.images)
     )
     rows = []

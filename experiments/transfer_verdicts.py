@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from jaxpoison import filters, training
+from jaxpoison import filters, network
 from jaxpoison.attacks import PoisonedDataset, Victim
 from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, to_float
@@ -67,7 +67,7 @@ def view(victim: Victim, clean: Dataset, poisoned: list[PoisonedDataset], truste
     images = np.concatenate([clean.images, *(one.images[one.is_poisoned] for one in poisoned)])
     charvec, trusted_charvec = (extract(victim, part) for part in (images, trusted.images))
     features, trusted_features = (
-        np.asarray(training.features(model, variables, part)) for part in (images, trusted.images)
+        np.asarray(network.features(model, variables, part)) for part in (images, trusted.images)
     )
     targets = [one.target for one in poisoned if one.target is not None]
     return View(

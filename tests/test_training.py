@@ -8,12 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpoison import models, solvers, training
+from jaxpoison import models, network, solvers, training
 from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import Defense
 from jaxpoison.training._fit import epoch_order, train_step
-from jaxpoison.training.evaluation import accuracy
 from jaxpoison.training.hooks import Info
 from jaxpoison.training.recipe import at_epoch, optimizer, steps_per_epoch
 
@@ -207,8 +206,10 @@ def test_accuracy_is_the_share_of_right_predictions():
     right = np.argmax(model.apply(variables, test.images), axis=-1) == test.labels
     for num_devices, batch_size in [(1, 5), (8, 8), (8, 100)]:
         mesh = devices.data_mesh(jax.devices()[:num_devices])
-        predict = training.evaluator(model, batch_size=batch_size, mesh=mesh)
-        assert accuracy(predict, variables, test) == pytest.approx(right.mean())
+        found = network.accuracy(
+            model, variables, test.images, test.labels, batch_size=batch_size, mesh=mesh
+        )
+        assert found == pytest.approx(right.mean())
 
 
 def test_a_loss_that_is_not_finite_is_an_error():

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpoison import attacks, evaluation, models, solvers, training
+from jaxpoison import attacks, evaluation, models, network, solvers, training
 from jaxpoison.attacks import feature_space
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.data.pixels import quantize
@@ -651,7 +651,9 @@ def test_outcome_is_that_of_heads_trained_one_by_one_on_what_is_kept():
         return training.fit_head(key, features, labels, num_classes=NUM_CLASSES, keep=keep)
 
     def predict(head, images):
-        logits = model.apply(training.with_head(variables, head), jnp.asarray(images) / 255)
+        logits = model.apply(
+            network.as_network(model).with_head(variables, head), jnp.asarray(images) / 255
+        )
         return np.argmax(logits, axis=-1)
 
     for trial, one in enumerate(sets):
@@ -689,9 +691,9 @@ def test_poisons_of_real_images_work_on_a_trained_extractor(tmp_path):
     model = models.Classifier(body, num_features=64, mean=(0.5,), std=(0.25,))
     recipe = training.Recipe(epochs=6, batch_size=128, max_shift=0, flip=False, milestones=(5,))
     variables = training.fit(model, recipe, pretrain, key=jax.random.key(0)).variables
-    features = training.features(model, variables, train.images)
+    features = network.features(model, variables, train.images)
     head = training.fit_head(jax.random.key(1), features, jnp.asarray(train.labels), num_classes=10)
-    victim = attacks.Victim(model, training.with_head(variables, head))
+    victim = attacks.Victim(model, network.as_network(model).with_head(variables, head))
     logits = model.apply(victim.variables, jnp.asarray(test.images) / 255)
     right = np.flatnonzero(np.argmax(logits, axis=-1) == test.labels)
     trials = attacks.draw_trials(

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpoison import network
 from jaxpoison.attacks.archive import PoisonedDataset, Target
 from jaxpoison.attacks.base import Victim
 from jaxpoison.core import devices
 from jaxpoison.data import Dataset, check, to_float
 from jaxpoison.evaluation.statistics import wilson
 from jaxpoison.models import Classifier
-from jaxpoison.training import Recipe, evaluation, fit, heads
+from jaxpoison.training import Recipe, fit, heads
 from jaxpoison.training.heads import HEAD, HeadRecipe
 from jaxpoison.training.hooks import Defense, none
 
@@ -94,7 +95,6 @@ def scratch_outcome(
     targets = _checked(poisoned, test, model.num_classes)
     defense = none() if defense is None else defense
     mesh = devices.data_mesh()
-    predict = evaluation.evaluator(model, mesh=mesh)
     answers = []
     for trial, (one, target) in enumerate(zip(poisoned, targets, strict=True)):
         state = fit(
@@ -107,7 +107,7 @@ def scratch_outcome(
         )
         logits = model.apply(state.variables, to_float(target.images[:1]))
         probabilities = np.asarray(jax.nn.softmax(jnp.asarray(logits)[0]), np.float32)
-        accuracy = evaluation.accuracy(predict, state.variables, test)
+        accuracy = network.accuracy(model, state.variables, test.images, test.labels)
         answers.append((probabilities, accuracy))
     probabilities, accuracy = map(np.array, zip(*answers, strict=True))
     prediction = probabilities.argmax(axis=1)
@@ -164,7 +164,7 @@ def transfer_outcome(
 
     images, places = _distinct([one.images for one in poisoned])
     train_features, test_features, target_features = (
-        heads.features(victim.model, victim.variables, part)
+        network.features(victim.model, victim.variables, part)
         for part in (images, test.images, np.stack([target.images[0] for target in targets]))
     )
 
