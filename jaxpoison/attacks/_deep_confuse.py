@@ -98,7 +98,8 @@ def craft(
         trial_key = jax.random.fold_in(key, trial)
         old = jax.tree.map(jnp.array, generator.variables)  # copies: the loop donates its carry
         poisoned = clean._replace(images=run.generate(old, clean.images))
-        classifier = devices.replicate(start_classifier(plan, trial_key), mesh)
+        classifier = start_classifier(plan, run.descent, trial_key)
+        classifier = devices.replicate(classifier, mesh)
         epochs = [epoch_order(trial_key, n, num_images, size) for n in range(config.passes)]
         order = jnp.concatenate(epochs)
         if trial < config.trials:
@@ -186,6 +187,7 @@ class Compiled(NamedTuple):
     """The parts of crafting for one plan, each compiled once.
 
     Attributes:
+      descent: the classifiers' optimizer, plain gradient descent.
       generator: `generator(key, images)`, its state before the first step.
       learn: `learn((clean, poisoned, key), (generator, classifier), rows [S, B])`: S steps of
         both, the generator's through a simulated step and the classifier's on `poisoned`. Gives
@@ -195,6 +197,7 @@ class Compiled(NamedTuple):
       generate: `generate(variables, images)`, poisoned images, in evaluation mode.
     """
 
+    descent: optax.GradientTransformation
     generator: Callable[[jax.Array, Any], TrainState]
     learn: Callable[..., tuple[Any, Any]]
     walk: Callable[..., tuple[TrainState, Any]]
@@ -206,11 +209,10 @@ def compiled(plan: Plan) -> Compiled:
     """Returns the parts of crafting."""
 
     def over_set(function):
-        return loops.map_batches(
-            functools.partial(function, plan), batch_size=512, mesh=plan.mesh
-        )
+        return loops.map_batches(functools.partial(function, plan), batch_size=512, mesh=plan.mesh)
 
     return Compiled(
+        descent=_descent(plan.config),
         generator=jax.jit(functools.partial(start_generator, plan)),
         learn=loops.scan(functools.partial(learn, plan)),
         walk=loops.scan(walk(plan)),
@@ -227,10 +229,12 @@ def start_generator(plan: Plan, key: jax.Array, images: jax.Array) -> TrainState
     return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], opt_state)
 
 
-def start_classifier(plan: Plan, key: jax.Array) -> TrainState:
+def start_classifier(
+    plan: Plan, descent: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
     """Returns a new classifier's state before the first step."""
-    state = init_state(plan.network, _descent(plan.config), key, plan.image_shape)
-    return jax.tree.map(jnp.array, state)  # copies: a network may start from its own weights
+    state = init_state(plan.network, descent, key, plan.image_shape)
+    return jax.tree.map(jnp.array, state)  # copies: the loop donates its carry
 
 
 def walk(plan: Plan) -> loops.Step:

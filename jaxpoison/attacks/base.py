@@ -250,9 +250,7 @@ def networks_of(substitutes: Any, image_shape: Sequence[int]) -> tuple[Network, 
     )
 
 
-def checked_images(
-    victim: Any, images: Any, labels: Any
-) -> tuple[Network, jax.Array, jax.Array]:
+def checked_images(victim: Any, images: Any, labels: Any) -> tuple[Network, jax.Array, jax.Array]:
     """Returns (network, float32 images, int32 labels), for the door of a `CraftFn`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Bullseye polytope (Aghakhani et al., arXiv 2005.00191): the mean of the poisons meets the target."""
+"""Bullseye polytope (Aghakhani et al., arXiv 2005.00191): their mean meets the target."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -69,9 +69,7 @@ class ConvexPolytope(transfer.AdaptiveMethod):
         check_above_zero(self, "tolerance")
 
     def memory(self, num_poisons, num_substitutes, dtype):
-        return tuple(
-            jnp.full(num_poisons, 1 / num_poisons, dtype) for _ in range(num_substitutes)
-        )
+        return tuple(jnp.full(num_poisons, 1 / num_poisons, dtype) for _ in range(num_substitutes))
 
     def objective(self, views, memory):
         fitted = tuple(

@@ -162,9 +162,7 @@ class AdaptiveMethod(Method):
     def init(self, poisons, num_substitutes):
         return self.optimizer(num_substitutes).init(poisons)
 
-    def update(
-        self, state, poisons, values, gradient, bases, pixel_scale, num_substitutes
-    ):
+    def update(self, state, poisons, values, gradient, bases, pixel_scale, num_substitutes):
         # A step in normalized pixels is one in pixels times their standard deviation; the
         # gradient's own factor, the same per channel, cancels in Adam.
         updates, state = self.optimizer(num_substitutes).update(gradient, state)
@@ -177,9 +175,7 @@ def attack(name: str, method: Method) -> TargetedAttack:
     return TargetedAttack(name, method.epsilon, craft_by_method, method.for_archives())
 
 
-def craft(
-    method: Method, keys, substitutes, bases, base_labels, targets, progress=None
-) -> Crafted:
+def craft(method: Method, keys, substitutes, bases, base_labels, targets, progress=None) -> Crafted:
     """Returns the poisons of T trials, crafted in groups of trials; see `TargetedCraftFn`."""
     networks, trials = checked_trials(keys, substitutes, bases, base_labels, targets)
     compiled = shared(_compiled, method, networks)
@@ -246,9 +242,7 @@ def _begin_one(method, networks, variables, trial, restart):
     key = jax.random.fold_in(trial.key, restart)
     start_key, step_key = jax.random.split(key)
     target = trial.targets.mean(axis=0)
-    poisons = projection(trial.bases, method.epsilon)(
-        method.start(start_key, trial.bases, target)
-    )
+    poisons = projection(trial.bases, method.epsilon)(method.start(start_key, trial.bases, target))
     # The target's feature is that of the network without dropout, nearly the mean over masks; the
     # authors' codes draw one mask for it.
     features = [
