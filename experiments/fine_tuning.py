@@ -32,7 +32,7 @@ import transfer_verdicts
 from transfer_filter import Bench, Work, crafted, draw_trials, reopened
 from transfer_setting import attack_of, first_of_each_class, read
 
-from jaxpoison import attacks, defenses, training
+from jaxpoison import attacks, defenses, network, training
 from jaxpoison.attacks import PoisonedDataset, TargetedAttack, Victim
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense

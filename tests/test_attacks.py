@@ -64,7 +64,7 @@ def test_budget_and_range(name):
 
 def test_pgd_raises_and_dap_lowers_its_objective_for_every_example():
     following = (CLEAN.labels + 1) % 4
-    assert np.all(losses(craft("pgd"), CLEAN.labels) > losses(*CLEAN))
+    assert np.all(losses(craft("pgd"), CLEAN.labels) > losses(CLEAN.images, CLEAN.labels))
     assert np.all(losses(craft("dap"), following) < losses(CLEAN.images, following))
 
 

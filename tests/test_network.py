@@ -624,7 +624,7 @@ def test_what_is_no_network():
         network.as_network(LinenStranger)
     with pytest.raises(TypeError, match="from_functions"):
         network.as_network(linear_apply)
-    with pytest.raises(TypeError, match="flax.nnx.Module"):
+    with pytest.raises(TypeError, match=r"flax\.nnx\.Module"):
         network.from_nnx(LinenStranger())
     with pytest.raises(ValueError, match="leave the other arguments out"):
         network.from_linen(classifier(), head="head")
@@ -641,5 +641,39 @@ def test_what_is_no_network():
 
     with pytest.raises(ValueError, match=r"\[B, K\]"):
         network.from_linen(Pair()).for_images(SHAPE)
-    with pytest.raises(ValueError, match="expected .N, H, W, C"):
+    with pytest.raises(ValueError, match=r"expected \[N, H, W, C"):
         network.logits(made("nnx")[0], {}, jnp.zeros((3, 3)))
+
+
+class NnxScanned(nnx.Module):
+    """Three residual blocks stacked in one, scanned over."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def blocks(rngs):
+            return NnxBlock(3, 3, rngs)
+
+        self.blocks = blocks(rngs)
+        self.fc = nnx.Linear(3, 3, rngs=rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def run(block, x):
+            return block(x)
+
+        return self.fc(run(self.blocks, x).mean(axis=(1, 2)))
+
+
+def test_a_scanned_nnx_model():
+    model = NnxScanned(nnx.Rngs(0))
+    net = network.as_network(model, image_shape=SHAPE)
+    variables = net.variables
+    head, features = net.head(variables), net.features(variables, IMAGES)
+    close(net.logits(variables, IMAGES), features @ head["kernel"] + head["bias"], 1e-5)
+    _, updated = net.train_logits(variables, IMAGES)
+    mean = updated["batch_stats"]["blocks"]["norm"]["mean"]
+    assert mean.shape == (3, 3)
+    assert jnp.all(jnp.any(mean != 0, axis=1))
+    with pytest.raises(ValueError, match="inputs of blocks/norm"):
+        net.taps(variables, IMAGES)

@@ -10,10 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpoison import attacks, evaluation, models, network, solvers, training
+from jaxpoison import attacks, evaluation, models, solvers, training
+from jaxpoison import network as networks
 from jaxpoison.attacks import feature_space
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.data.pixels import quantize
+from jaxpoison.network import as_network
 
 EPSILON = 0.1  # 25.5 of 255: no whole number, so that plain rounding would break it
 NUM_CLASSES = 4
@@ -621,12 +623,34 @@ def test_heads_refuse_what_they_cannot_learn_from():
     features, labels = clusters()
     with pytest.raises(ValueError, match=r"expected \[N, d\] and \[N\]"):
         training.fit_head(jax.random.key(0), features, jnp.asarray(labels)[:-1], num_classes=3)
+    for bad, message in (
+        (labels + 1, "3"),  # labels from 1
+        (labels + 0.5, "whole"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training.fit_head(jax.random.key(0), features, bad, num_classes=3)
+    with pytest.raises(ValueError, match=r"keep is int32 .* one bool for each"):
+        training.fit_head(
+            jax.random.key(0), features, labels, num_classes=3, keep=np.ones(len(labels), np.int32)
+        )
     for change in ({"epochs": 0}, {"batch_size": 0}):
-        recipe = dataclasses.replace(training.HEAD, **change)
         with pytest.raises(ValueError, match="must be at least 1"):
-            training.fit_head(
-                jax.random.key(0), features, jnp.asarray(labels), num_classes=3, recipe=recipe
-            )
+            dataclasses.replace(training.HEAD, **change)
+
+
+def test_numpy_and_jax_arrays_give_the_same_head():
+    features, labels = clusters()
+    keep = np.arange(len(labels)) % 4 > 0
+    recipe = dataclasses.replace(training.HEAD, epochs=2)
+
+    def fit(features, labels, keep):
+        return training.fit_head(
+            jax.random.key(0), features, labels, num_classes=3, recipe=recipe, keep=keep
+        )
+
+    want = fit(jnp.asarray(features), jnp.asarray(labels), jnp.asarray(keep))
+    for given in ((np.asarray(features), np.asarray(labels), keep), (features, list(labels), keep)):
+        jax.tree.map(np.testing.assert_array_equal, fit(*given), want)
 
 
 # The victim
@@ -652,7 +676,7 @@ def test_outcome_is_that_of_heads_trained_one_by_one_on_what_is_kept():
 
     def predict(head, images):
         logits = model.apply(
-            network.as_network(model).with_head(variables, head), jnp.asarray(images) / 255
+            as_network(model).with_head(variables, head), jnp.asarray(images) / 255
         )
         return np.argmax(logits, axis=-1)
 
@@ -691,9 +715,9 @@ def test_poisons_of_real_images_work_on_a_trained_extractor(tmp_path):
     model = models.Classifier(body, num_features=64, mean=(0.5,), std=(0.25,))
     recipe = training.Recipe(epochs=6, batch_size=128, max_shift=0, flip=False, milestones=(5,))
     variables = training.fit(model, recipe, pretrain, key=jax.random.key(0)).variables
-    features = network.features(model, variables, train.images)
+    features = networks.features(model, variables, train.images)
     head = training.fit_head(jax.random.key(1), features, jnp.asarray(train.labels), num_classes=10)
-    victim = attacks.Victim(model, network.as_network(model).with_head(variables, head))
+    victim = attacks.Victim(model, as_network(model).with_head(variables, head))
     logits = model.apply(victim.variables, jnp.asarray(test.images) / 255)
     right = np.flatnonzero(np.argmax(logits, axis=-1) == test.labels)
     trials = attacks.draw_trials(
@@ -743,7 +767,7 @@ def test_fit_refuses_to_train_parts_that_there_are_not():
     train = Dataset(np.zeros((8, 8, 8, 3), np.uint8), np.arange(8, dtype=np.int32))
     trained = model.init(jax.random.key(9), jnp.zeros((1, 8, 8, 3)))
     transfer = training.Transfer(trained, unfrozen=("stage7",))
-    with pytest.raises(ValueError, match=r"no parts stage7 .* stage0_block0, stem"):
+    with pytest.raises(ValueError, match=r"no parts stage7 .* body/stage0_block0/conv1, .* head"):
         training.fit(
             model, training.Recipe(batch_size=8), train, key=jax.random.key(0), transfer=transfer
         )

@@ -177,10 +177,9 @@ def origin(jaxpr, var):
         return origin(jaxpr, equation.invars[index])
     inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
     inner = getattr(inner, "jaxpr", inner)
-    if kind == "scan":  # what it carries or stacks may be what it was given
-        given = equation.params["num_consts"] + index
-        same = origin(inner, inner.outvars[index]) is inner.invars[given]
-        return origin(jaxpr, equation.invars[given]) if same else var
+    if kind == "scan":
+        given = _given_to_scan(equation, inner, index)
+        return var if given is None else origin(jaxpr, given)
     if kind not in _CALLS:
         return var
     source = origin(inner, inner.outvars[index])
@@ -188,6 +187,20 @@ def origin(jaxpr, var):
         outer for outer, own in zip(equation.invars, inner.invars, strict=True) if own is source
     ]
     return origin(jaxpr, passed[0]) if passed else source
+
+
+def _given_to_scan(scan, inner, index):
+    """Returns the input of a `lax.scan` that its output `index` is a copy of, or None."""
+    # Inputs are constants, then what is carried, then slices; outputs what is carried, then slices.
+    sliced = [a.aval.ndim != b.aval.ndim for a, b in zip(scan.invars, inner.invars, strict=True)]
+    stacked = [a.aval.ndim != b.aval.ndim for a, b in zip(scan.outvars, inner.outvars, strict=True)]
+    num_constants = len(sliced) - sum(sliced) - (len(stacked) - sum(stacked))
+    source = origin(inner, inner.outvars[index])
+    place = next((p for p, own in enumerate(inner.invars) if own is source), None)
+    if place is None:
+        return None
+    same = sliced[place] if stacked[index] else place == num_constants + index
+    return scan.invars[place] if same else None
 
 
 def by_name(calls: Sequence[Call]) -> dict[str, jax.Array]:

@@ -244,13 +244,11 @@ def _recorded(module, variables, x, select, kwargs) -> tuple[Any, list[Call]]:
             f"the inputs of {', '.join(lost)} cannot be seen: the layers are called in a lifted "
             "transformation (nn.scan, nn.vmap); select other layers, or unroll it"
         )
-    calls = [
-        (path[:-1], stored)
-        for path, stored in traverse_util.flatten_dict(core.unfreeze(sown.get(own, {}))).items()
-    ]
+    stored: dict[Any, Any] = traverse_util.flatten_dict(core.unfreeze(sown.get(own, {})))
+    calls = [(path[:-1], pairs) for path, pairs in stored.items()]
     # A layer that was not traced itself is in a module that was, or in one of that kind.
     calls.sort(key=lambda each: [order.get(each[0][: n + 1], 0) for n in range(len(each[0]))])
-    return output, [Call(path, *pair) for path, stored in calls for pair in stored]
+    return output, [Call(path, *pair) for path, pairs in calls for pair in pairs]
 
 
 def _plain(variables):

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import core
 
 Variables = Mapping[str, Any]
 Path = tuple[str, ...]
@@ -184,7 +185,7 @@ def check_logits(name: str, output: Any) -> jax.Array:
 
 def check_outside_jit(key: Any) -> None:
     """Raises for an `init` that differs between equal networks where it would be compiled in."""
-    if isinstance(key, jax.core.Tracer):
+    if isinstance(key, core.Tracer):
         raise ValueError(
             "init was called under jit, vmap or grad; call it outside: networks that differ only "
             "in what they start from are equal, so a compiled function would keep the first one's"

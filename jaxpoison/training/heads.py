@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import core
 
 from jaxpoison.core import devices
 from jaxpoison.core.settings import check_range, settle
@@ -159,7 +160,7 @@ def fit_defended_head(
 def _checked(features, labels, keep, num_classes):
     """Returns all three as JAX arrays."""
     features = jnp.asarray(features)
-    if not isinstance(labels, jax.core.Tracer):
+    if not isinstance(labels, core.Tracer):
         labels = as_class_numbers(labels, num_classes)
     labels = jnp.asarray(labels)
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
@@ -182,7 +183,7 @@ _RULE = optax.scale_by_adam()
 
 
 def _start(key, like, recipe):
-    """Returns (head, state of the optimizer) before the first step, for a head shaped like `like`."""
+    """Returns (head, state of the optimizer) before the first step; shapes are those of `like`."""
     head = {name: jnp.zeros(part.shape, jnp.float32) for name, part in like.items()}
     head["kernel"] = recipe.initial_scale * jax.random.normal(key, like["kernel"].shape)
     return head, _RULE.init(head)

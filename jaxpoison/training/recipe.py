@@ -10,6 +10,12 @@ import optax
 from jaxpoison.core.settings import check_range, settle
 
 
+def check_milestones(milestones: tuple[int, ...]) -> None:
+    """Raises ValueError unless these are epochs."""
+    if not all(isinstance(epoch, int) and epoch >= 0 for epoch in milestones):
+        raise ValueError(f"milestones must be whole epochs, 0 or later, got {milestones}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Stochastic gradient descent on cross-entropy; the defaults are the paper's for CIFAR-10."""
@@ -92,12 +98,6 @@ def _scale_by_clock(recipe):
         return jax.tree.map(lambda u: jnp.array(step, u.dtype) * u, updates), state
 
     return optax.GradientTransformation(init, update)
-
-
-def check_milestones(milestones: tuple[int, ...]) -> None:
-    """Raises ValueError unless these are epochs."""
-    if not all(isinstance(epoch, int) and epoch >= 0 for epoch in milestones):
-        raise ValueError(f"milestones must be whole epochs, 0 or later, got {milestones}")
 
 
 def steps_per_epoch(recipe: Recipe, num_examples: int) -> int:
