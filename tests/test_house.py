@@ -30,7 +30,7 @@ ALLOWED = {
     "defenses": (
         *("core", "curvature", "data", "filters", "influence", "network", "solvers", "training"),
     ),
-    "evaluation": ("attacks", "core", "data", "network", "training"),
+    "evaluation": ("attacks", "data", "network", "training"),
 }
 # The engine must run where nothing but JAX is installed.
 NEEDS_JAX_ONLY = ("core", "curvature", "influence", "solvers")
