@@ -531,7 +531,7 @@ def _extractor(
         as_network(model)  # raises
     scaled = of_dataset or isinstance(model, Network) or hasattr(model, "num_features")
     if variables is None:
-        variables = getattr(model, "variables", None)
+        variables = model.variables if isinstance(model, Network) else None
         if variables is None:
             raise TypeError(f"variables of the {type(model).__name__} are missing")
     if isinstance(model, Network):
