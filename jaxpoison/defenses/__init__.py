@@ -1,4 +1,4 @@
-"""Defences against poisoned training sets, as pure functions that `training.fit` calls."""
+"""Defenses against poisoned training sets, as pure functions that `training.fit` calls."""
 
 from jaxpoison.defenses._characteristic import characteristic_filter as characteristic_filter
 from jaxpoison.defenses._epic import EpicConfig as EpicConfig

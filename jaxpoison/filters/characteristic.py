@@ -524,7 +524,8 @@ def _extractor(
         model, kwargs = from_nnx(model, **modes), None
     elif isinstance(model, nn.Module) and kwargs is None:
         try:
-            kwargs = dict(as_network(model).eval_kwargs)
+            network: Any = as_network(model)
+            kwargs = dict(network.eval_kwargs)
         except ValueError:  # its mode cannot be told from the signature: as it is
             kwargs = None
     elif not isinstance(model, nn.Module | Network):
