@@ -140,7 +140,7 @@ def test_settings_may_be_scalars_of_numpy_and_jax_and_reach_json():
         epsilon=0.5, num_steps=jnp.int32(2), draws=attacks.Draws(np.int8(2), np.float64(1))
     )
     assert json.loads(json.dumps(drawn.settings))["draws"]["number"] == 2
-    with pytest.raises(TypeError, match="num_steps must be a whole number, got 2.0"):
+    with pytest.raises(TypeError, match=r"num_steps must be a whole number, got 2\.0"):
         attacks.pgd(epsilon=0.1, num_steps=2.0)
     for bad in ("0.1", None, True):
         with pytest.raises(ValueError, match="epsilon is in units of pixels"):
@@ -191,7 +191,7 @@ def test_save_takes_what_loses_nothing(tmp_path):
     assert loaded.config == {"attacks": [{"name": "one", "epsilon": 0.5, "steps": 3}]}
     assert loaded.target[1:] == (0, 1, 5)
     assert (loaded.labels.dtype, loaded.attack_id.dtype) == (np.int32, np.int8)
-    with pytest.raises(TypeError, match="config holds a Dataset|config holds a Net"):
+    with pytest.raises(TypeError, match="config holds a Net"):
         attacks.save(tmp_path / "b.npz", planted(config={**config, "net": Net()}))
     with pytest.raises(TypeError, match="not a Dataset"):
         attacks.save(tmp_path / "b.npz", TRAIN)

@@ -179,16 +179,16 @@ def unrolled_loss(
     num_steps, size, num_poisons = len(images) - 1, images.shape[1], len(poisons)
     values = []
 
-    def losses(params, batch, batch_labels, beside):
-        logits = apply(params, jnp.concatenate([batch, beside]))
+    def losses(params, batch, batch_labels, views):
+        logits = apply(params, jnp.concatenate([batch, views]))
         entropy = optax.softmax_cross_entropy_with_integer_labels(logits[:size], batch_labels)
         return jnp.mean(entropy), margin(logits[size:], base_label)
 
     for step in range(num_steps):
         batch = jnp.concatenate([poisons, images[step, num_poisons:]])
         batch_labels = labels[step].at[:num_poisons].set(base_label)
-        beside = targets if step else targets[:0]
-        gradient, margins = jax.grad(losses, has_aux=True)(params, batch, batch_labels, beside)
+        views = targets if step else targets[:0]
+        gradient, margins = jax.grad(losses, has_aux=True)(params, batch, batch_labels, views)
         if step:
             values.append(jnp.mean(margins))
         params = jax.tree.map(lambda p, g: p - rate * g, params, gradient)
