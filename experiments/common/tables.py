@@ -1,54 +1,21 @@
-"""The paper's tables II to V with our numbers beside the paper's, as Markdown and as LaTeX.
+"""The paper's tables II to V with our numbers next to the paper's, as Markdown and as LaTeX.
 
-  python experiments/tables.py                                  # writes docs/results.md
-  python experiments/tables.py --results runs --out runs/results.md --latex runs/tables.tex
-
-Everything comes from results files, `*/result.json` in the folder of results. `notes.md` beside one
-says in words what to make of it, and `notes.md` in the folder of results what to make of them all;
-`transfer_filter.py` has written its report beside its own. A table holds the rows of one results
-file, hence of one scale. Numbers are mean ± standard deviation over seeds; what did not run is
-marked.
+A table holds the rows of one results file, hence of one scale. Numbers are mean ± standard
+deviation over seeds; what did not run is marked.
 """
 
-import argparse
 import json
-import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.registry import DEFENSES, ROWS
 from jaxpoison import evaluation
 
-ROOT = Path(__file__).parents[1]
 PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
 PAPER_NAMES = {"cifar10": "CIFAR-10", "mnist": "MNIST"}
-PAPER_DEFENSES = {
-    "none": "none", "hint": "HINT", "atda": "ATDA", "friends": "FRIENDS", "epic": "EPIC",
-}  # fmt: skip
-LABELS = {
-    "clean": "none, no poisons",
-    **PAPER_DEFENSES,
-    "recommended": "recommended",
-    "trusted_added": "trusted set added",
-    "head_refit": "head refit on the trusted set",
-    "random_noise": "random noise of HINT's size",
-    "hint_random": "HINT, random selection",
-    "hint_identity": "HINT, identity for H⁻¹",
-    "hint_sign": "HINT, sign of the map",
-    "hint_mass": "HINT, r by 90 % of influence",
-    "hint_released": "HINT, settings of the authors' code",
-    "hint_recommended": "HINT, r by 90 % of influence, + recommended",
-    "friends_uniform": "FRIENDS, uniform noise",
-    "friends_gaussian": "FRIENDS, Gaussian noise",
-    "jpeg": "JPEG, quality 10",
-    "jpeg_recommended": "JPEG, quality 10, + recommended",
-    "grey": "grey-scale",
-    "mixup": "MixUp",
-    "cutmix": "CutMix",
-    "trusted": "trusted images alone",
-}
-SENSITIVITY = {"hint_r": "r", "hint_beta": "β"}  # names of cells, less the number at their end
+PAPER_DEFENSES = {name: entry.paper for name, entry in DEFENSES.items() if entry.paper}
 SENSITIVITY_RATIO = 0.6  # the p of the paper's Table IV
 NOT_RUN, FAILED = "not run", "failed"
 
@@ -112,7 +79,7 @@ def comparison(rows: Rows, dataset: str, data: str, attack: str, source: str) ->
                 _paper_II(dataset, ratio, defense),
             ]
         )
-    header = ["p", "defence", "ours", "seeds", "training images", "seconds", "paper"]
+    header = ["p", "defense", "ours", "seeds", "training images", "seconds", "paper"]
     caption = f"Test accuracy (%) after the last epoch. {source}; attack: {attack}."
     note = "The paper's figures: the full set, PGD + DAP + DURP + DeepConfuse, 5 trials"
     ending = "." if data == "full" else "; this run: a small slice, so only the order compares."
@@ -139,17 +106,21 @@ def table_II(result: dict[str, Any]) -> Table | None:
 
 
 def controls(result: dict[str, Any]) -> Table | None:
-    """Returns what the paper lacks: each control beside no defence, HINT and the trusted set."""
+    """Returns what the paper lacks: each control beside no defense, HINT and the trusted set."""
     rows = result["rows"]
-    names = [name for name in LABELS if name not in PAPER_DEFENSES and name != "trusted"]
+    names = [
+        name
+        for name, entry in DEFENSES.items()
+        if entry.paper is None and entry.group != "table IV"
+    ]
     present = {row["defense"] for row in rows} & {*names}
     alone = [row for row in rows if row["defense"] == "trusted"]
     if not present and not alone:
         return None
     ratios = sorted({row["poison_ratio"] for row in rows if row["defense"] != "trusted"})
     shown = ["none", "hint", *(name for name in names if name in present)]
-    lines = [[LABELS[name], *(_cell(rows, p, name) for p in ratios)] for name in shown]
-    lines.append([LABELS["trusted"], *[accuracy(alone)] * len(ratios)])
+    lines = [[label(name), *(_cell(rows, p, name) for p in ratios)] for name in shown]
+    lines.append([label("trusted"), *[accuracy(alone)] * len(ratios)])
     return Table(
         f"Controls: test accuracy (%). {_setting(result)}",
         ["", *(f"p = {ratio:g}" for ratio in ratios)],
@@ -167,7 +138,7 @@ def table_III(result: dict[str, Any]) -> Table:
     paper = PAPER["table_III_targeted_cifar10"]["results"]
     lines = []
     for attack in dict.fromkeys(row["attack"] for row in rows):
-        for name in LABELS:
+        for name in ROWS:
             group = [row for row in rows if (row["attack"], row["defense"]) == (attack, name)]
             theirs = paper.get(PAPER_DEFENSES.get(name, ""), {}).get(attack.upper())
             if not group and theirs is None:
@@ -178,13 +149,13 @@ def table_III(result: dict[str, Any]) -> Table:
                 published = [count, _mean_sd(theirs["test_acc"])]
             networks = group[:1] if name == "clean" else group  # one that sees all targets
             lines.append(
-                [attack.upper(), LABELS[name], success(group), published[0], accuracy(networks),
+                [attack.upper(), label(name), success(group), published[0], accuracy(networks),
                  published[1]]
             )  # fmt: skip
     return Table(
         "Table III: targets that are taken for the intended class, with 95 % intervals (Wilson), "
         f"and test accuracy (%). {_setting(result)}",
-        ["attack", "defence", "success", "paper", "accuracy", "paper"],
+        ["attack", "defense", "success", "paper", "accuracy", "paper"],
         lines,
     )
 
@@ -194,19 +165,20 @@ def table_IV(result: dict[str, Any]) -> Table | None:
     config, rows = result["config"], result["rows"]
     paper = PAPER["table_IV_sensitivity"]
     lines = []
-    for prefix, symbol in SENSITIVITY.items():
-        names = {row["defense"] for row in rows if row["defense"].startswith(prefix)}
-        for value, name in sorted(
-            (float(name.removeprefix(prefix)), name)
-            for name in names
-            if _is_number(name.removeprefix(prefix))
-        ):
-            published = paper[{"β": "beta"}.get(symbol, symbol)][PAPER_NAMES[config["dataset"]]]
-            entry = {float(key): entry for key, entry in published.items()}.get(value)
-            lines.append(
-                [f"{symbol} = {value:g}", _cell(rows, SENSITIVITY_RATIO, name),
-                 "-" if entry is None else _mean_sd(entry)]
-            )  # fmt: skip
+    present = {row["defense"] for row in rows}
+    for name, entry in DEFENSES.items():
+        if name not in present or entry.setting is None:
+            continue
+        symbol, value = entry.setting
+        published = paper[{"β": "beta"}.get(symbol, symbol)][PAPER_NAMES[config["dataset"]]]
+        theirs = {float(key): one for key, one in published.items()}.get(value)
+        lines.append(
+            [
+                f"{symbol} = {value:g}",
+                _cell(rows, SENSITIVITY_RATIO, name),
+                "-" if theirs is None else _mean_sd(theirs),
+            ]
+        )
     if not lines:
         return None
     return Table(
@@ -219,7 +191,7 @@ def table_IV(result: dict[str, Any]) -> Table | None:
 
 
 def table_V(result: dict[str, Any]) -> Table:
-    """Returns the time of each defence over plain training, as `cost.py` measures it."""
+    """Returns the time of each defense over plain training, as `cost.py` measures it."""
     paper = PAPER["table_V_time_cifar10_s"]
     lines = []
     for row in result["rows"]:
@@ -241,7 +213,7 @@ def table_V(result: dict[str, Any]) -> Table:
         "`counted`: what the passes over the network alone would cost. Then where time goes, in "
         "plain epochs: the steps of an epoch, its updates or selections, and what else is done "
         "before each epoch.",
-        ["defence", "ours", "counted", "steps", "updates", "every epoch", "paper"],
+        ["defense", "ours", "counted", "steps", "updates", "every epoch", "paper"],
         lines,
     )
 
@@ -256,7 +228,7 @@ TABLES = {
 
 
 def curves(rows: Rows, dataset: str) -> dict[str, list[tuple[float, float, float, float | None]]]:
-    """Returns (p, mean, sd, paper's mean) in percent for each defence, in order of p."""
+    """Returns (p, mean, sd, paper's mean) in percent for each defense, in order of p."""
     lines: dict[str, list] = {}
     for (trusted, ratio, defense), group in sorted(_groups(trained(rows)).items(), key=_order):
         if not trusted:
@@ -276,17 +248,14 @@ def trained(rows: Rows) -> list[dict[str, Any]]:
 
 
 def place(row: dict[str, Any]) -> tuple:
-    """Returns a key by which rows of a study are in order: by seed, p, and defence."""
+    """Returns a key by which rows of a study are in order: by seed, p, and defense."""
     trusted, defense = row["defense"] == "trusted", row["defense"]
     return row["seed"], *_order(((trusted, row["poison_ratio"], defense), ()))
 
 
 def label(defense: str) -> str:
-    """Returns the name of a defence for people."""
-    for prefix, symbol in SENSITIVITY.items():
-        if defense.startswith(prefix) and _is_number(defense.removeprefix(prefix)):
-            return f"HINT, {symbol} = {defense.removeprefix(prefix)}"
-    return LABELS[defense]
+    """Returns the name of a defense for people."""
+    return ROWS[defense].label
 
 
 def accuracy(group: Rows) -> str:
@@ -311,40 +280,6 @@ def success(group: Rows) -> str:
     return f"{hits} of {len(ran)} [{100 * low:.0f}, {100 * high:.0f}] %{missing}"
 
 
-def page(folder: Path, where: Path) -> str:
-    """Returns the results page, to stand in `where`: notes on all, then each results file."""
-
-    def link(path):
-        return Path(os.path.relpath(path, where)).as_posix()
-
-    parts = [
-        "# Results",
-        "",
-        "Made by `python experiments/tables.py` from the files in "
-        f"[{folder.name}]({link(folder)}); do not edit. Accuracy is that after the "
-        "last epoch, mean ± standard deviation over seeds. The paper is HINT, arXiv 2309.08549: "
-        "full sets, 5 trials, and a mixture of PGD, DAP, DURP and DeepConfuse.",
-        "",
-    ]
-    found = list(results(folder))
-    parts += _notes(folder)
-    parts += [*(f"- [{path.parent.name}](#{path.parent.name})" for path, _ in found), ""]
-    for path, result in found:
-        parts += [f"## {path.parent.name}", ""]
-        parts += _notes(path.parent)
-        if kind(result) == TRANSFER:
-            report = path.with_name("table.md")
-            parts += [summary(report.read_text()), f"[All numbers]({link(report)})", ""]
-        parts += [table.markdown() for table in tables_of(result)]
-        for row in result["rows"]:
-            if "error" in row:
-                cell = f"seed {row['seed']}, p = {row['poison_ratio']:g}, {label(row['defense'])}"
-                parts += [f"Failed: {cell}: {row['error']}", ""]
-        for picture in sorted(path.parent.glob("*.png")):
-            parts += [f"![{picture.stem}]({link(picture)})", ""]
-    return "\n".join(parts)
-
-
 def tables_of(result: dict[str, Any]) -> list[Table]:
     """Returns the tables that a results file has something for; none if it is of another kind."""
     made = (make(result) for make in TABLES.get(kind(result), ()))
@@ -359,45 +294,6 @@ def kind(result: dict[str, Any]) -> str:
     if all("poison_ratio" in row for row in result.get("rows", [{}])):
         return "untargeted"
     return TRANSFER if "clean_accuracy" in result else ""
-
-
-def summary(report: str) -> str:
-    """Returns a report of `transfer_filter.py`, less its longest table, one level deeper."""
-    sections = [part for part in report.split("\n## ") if not part.startswith("All numbers")]
-    return "\n### ".join(sections).strip() + "\n"
-
-
-def results(folder: Path) -> Iterable[tuple[Path, dict[str, Any]]]:
-    """Yields the results files of a folder that the page has something to show of."""
-    for path in sorted(folder.glob("*/result.json")):
-        result = json.loads(path.read_text())
-        if tables_of(result) or kind(result) == TRANSFER:
-            yield path, result
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--results", type=Path, default=ROOT / "experiments" / "results")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
-    parser.add_argument("--latex", type=Path, help="also write the tables as LaTeX, to this file")
-    options = parser.parse_args()
-    found = list(results(options.results))
-    if not found:
-        parser.error(f"no result.json with tables in the folders of {options.results}")
-    options.out.write_text(page(options.results, options.out.parent))
-    print(f"{options.out}: {', '.join(path.parent.name for path, _ in found)}")
-    if options.latex is not None:
-        tables = [table.latex() for _, result in found for table in tables_of(result)]
-        options.latex.write_text("\n".join(tables))
-        print(options.latex)
-
-
-def _notes(folder):
-    """Returns what a folder's notes say, if it has any."""
-    path = folder / "notes.md"
-    return [path.read_text().strip(), ""] if path.exists() else []
 
 
 def _setting(result):
@@ -435,7 +331,7 @@ def _groups(rows):
 
 def _order(item):
     (trusted, ratio, defense), _ = item
-    names = list(LABELS)
+    names = list(ROWS)
     return trusted, ratio or 0.0, names.index(defense) if defense in names else len(names), defense
 
 
@@ -462,14 +358,6 @@ def _mean_sd(entry):
     return f"{entry['mean']:.2f} ± {entry['std']:.2f}"
 
 
-def _is_number(text):
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _escape(text):
     for plain, escaped in (
         ("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("±", r"$\pm$"), ("β", r"$\beta$"),
@@ -477,7 +365,3 @@ def _escape(text):
     ):  # fmt: skip
         text = text.replace(plain, escaped)
     return text
-
-
-if __name__ == "__main__":
-    main()

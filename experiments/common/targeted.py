@@ -1,55 +1,31 @@
-"""Targeted attacks on networks trained from scratch (Table III of arXiv 2309.08549).
+"""Targeted attacks on networks trained from scratch, and the defenses against them (Table III).
 
-  python experiments/targeted.py --preset gm-laptop             # embedded slice, narrow ResNet, CPU
-  python experiments/targeted.py --preset gm-paper --data-dir DIR
-  python experiments/targeted.py --preset mp-laptop --num-targets 4
-
-For each target: poisons crafted against surrogates of the attacker's own, shipped in 8 bits, and
-for each defence a victim from new weights. The undefended victims come first, and their rate of
-success is printed before any defence is trained: an attack that fails without one says nothing
-about defences. The same command in the same --run-dir continues: it does what is missing and what
-had failed. More --num-targets or other --defenses in that folder add to what is there.
-
-At the scale `laptop` an attacker has twice the paper's budget and means each target for the class
-that comes second: in short tries with the paper's budget too few targets were taken to compare
-defences. Its work, in passes forward and backward of one image, of which an idle machine
-of 2 cores makes about 1,300 a second:
-
-  a victim, 26 epochs of 1,250 images                                              32,500
-  GM, a target: 150 steps x 62 poisons x 2.5                                       23,000
-  MP, a target: 25 steps x 4 surrogates x 2 batches of 125 images x 7             175,000
-  MP, once: (36 + 25 x 4) epochs of 1,250 images                                  170,000
-  HINT, EPIC, FRIENDS and ATDA, a victim: 1.1, 1.3, 2.2 and up to 5 times a victim's
-
-so 20 targets of GM take 6 minutes, and their 20 victims 8 minutes without a defence, 9 with HINT,
-11 with EPIC, 18 with FRIENDS and 42 with ATDA; four targets of MP 11 minutes (what was run of it
-took twice as long). Victims are trained one after another: under `vmap` each would have filters of
-its own, for which XLA's CPU backend has no fast convolution.
+`targeted.py` gives the settings. For each target: poisons crafted against surrogates of the
+attacker's own, shipped in 8 bits, and for each defense a victim from new weights.
 """
 
 import dataclasses
 import functools
 import hashlib
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import figures
 import jax
 import numpy as np
-import run
-import study
-import tables
-import untargeted
 
-from jaxpoison import attacks, evaluation, models, training
+from common import cli, figures, predictions, registry, sources, tables
+from common.settings import Common
+from jaxpoison import attacks, evaluation, models, runs, training
 from jaxpoison.attacks import MetaPoisonConfig, PoisonedDataset, TargetedAttack, Trials, Victim
 from jaxpoison.core import devices, hosts
 from jaxpoison.data import Dataset, Splits
-from jaxpoison.defenses import Defense, EpicConfig, FatConfig, FriendsConfig, HintConfig
-from jaxpoison.training import CIFAR10, Checkpoints
+from jaxpoison.defenses import Defense
+from jaxpoison.training import Checkpoints
+from jaxpoison.training.recipe import steps_per_epoch
 
-GATE = 0.5  # the least rate of success without a defence for which defences are worth comparing
+GATE = 0.5  # the least rate of success without a defense for which defenses are worth comparing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +41,10 @@ class Matching:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(study.Common):
+class Config(Common):
     """Settings of one run; the same settings in the same folder continue it."""
 
-    attack: Literal["gm", "mp"] = "gm"
+    attack: str = "gm"
     """Gradient matching or MetaPoison."""
     num_targets: int = 20
     """Targets, each with a class it is to be taken for, poisons, and victims of its own."""
@@ -84,7 +60,7 @@ class Config(study.Common):
     mp: MetaPoisonConfig = dataclasses.field(default_factory=MetaPoisonConfig)
     """Settings of MetaPoison."""
     defenses: tuple[str, ...] = ("none", "hint", "friends", "atda", "epic")
-    """Defences to compare, by their names in `study.DEFENSES`; none is always run, and first."""
+    """Defenses to compare, by their names above; none is always run, and first."""
     seed: int = 0
     """Of the split, the surrogates, the choice of targets and poisons, and the victims."""
 
@@ -94,8 +70,8 @@ class Config(study.Common):
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class Work(run.Work):
-    """A run at work, of which epochs are done, with the network that victims train and the data."""
+class Work(runs.Work):
+    """A run in progress, counted in epochs, with the network that victims train and the data."""
 
     config: Config
     model: models.Classifier
@@ -106,50 +82,59 @@ SURROGATE, CHOICE, CRAFT, VICTIM = range(4)
 SELECTION = ("defenses", "num_targets")  # other ones may continue a run: they only choose cells
 
 
+def main(presets: Mapping[str, Config], description: str | None) -> None:
+    """Runs the command line of the experiment."""
+    names = "Attacks:\n" + registry.listing(registry.TARGETED)
+    names += "\n" + registry.listing(registry.DEFENSES)
+    cli.main(presets, description, experiment, names)
+
+
 def experiment(config: Config) -> None:
     """Crafts all poisons, trains all victims, prints the table.
 
     Raises:
       RuntimeError: at the end, if cells failed; their errors are in the results.
     """
+    config = runs.plain(config)
     settings = dataclasses.asdict(config)
     lasting = {name: value for name, value in settings.items() if name not in SELECTION}
-    output = run.Run(config.run_dir, lasting)
-    model = study.build_model(config)
-    splits = study.load(config, config.seed)
-    check(config, model, splits)
+    model = sources.build_model(config)
+    output = runs.Run(config.run_dir, lasting, check=lambda: check(config, model))
+    splits = sources.load(config, config.seed)
+    output.require_space(sources.checkpoint_bytes(model, splits))
     names = ("none", *(name for name in config.defenses if name != "none"))
-    with run.Meter(len(names) * config.num_targets * config.recipe.epochs) as meter:
+    with runs.Meter(len(names) * config.num_targets * config.recipe.epochs) as meter:
         work = Work(config=config, output=output, meter=meter, model=model, splits=splits)
         asked = unpoisoned(work)
         for name in names:
-            # One defence for all its victims, so that what it compiles serves them all.
-            defense = study.DEFENSES[name](config, model, splits)
+            # One defense for all its victims, so that what it compiles serves them all.
+            defense = registry.make_defense(name, config, model, splits)
             for target in range(config.num_targets):
                 asked.append(cell(work, name, target, defense))
                 work.done += config.recipe.epochs
             if name == "none":
-                run.say("\n" + gate(asked) + "\n")
+                runs.say("\n" + gate(asked) + "\n")
     # Those of earlier runs in this folder, too.
     rows = sorted(output.rows(), key=place)
     most = 255 * attack_of(config).epsilon
+    attack = registry.TARGETED[config.attack].label
     result = {
         "kind": "targeted",
         "source": splits.source,
-        "attack": f"{config.attack.upper()} within ±{most:.3g}/255, {config.num_poisons} poisons",
+        "attack": f"{attack} within ±{most:.3g}/255, {config.num_poisons} poisons",
         "gate": gate(rows),
     }
-    written = {"rows": rows, "config": output.config, "environment": run.environment(), **result}
+    written = {"rows": rows, "config": output.config, "environment": runs.environment(), **result}
     table = f"{gate(rows)}\n\n{tables.table_III(written).markdown()}"
-    run.say(table)
     output.write_result(rows, table, **result)
+    runs.say(table)
     hosts.on_main(lambda: draw_targets(work, rows))
-    run.require_no_errors({row["cell"]: row for row in asked})
+    runs.require_no_errors({row["cell"]: row for row in asked})
 
 
 def draw_targets(work: Work, rows: list[dict[str, Any]]) -> None:
     """Draws up to five targets and what all victims see in them, as the paper's Figure 3 does."""
-    rows = [row for row in rows if run.succeeded(row)]
+    rows = [row for row in rows if runs.succeeded(row)]
     defenses = list(dict.fromkeys(row["defense"] for row in rows))
     judged = {name: {r["target"]: r for r in rows if r["defense"] == name} for name in defenses}
     shown = sorted(set.intersection(*map(set, judged.values())))[:5] if judged else []
@@ -174,21 +159,21 @@ def draw_targets(work: Work, rows: list[dict[str, Any]]) -> None:
         title="Targets, and what victims see; red: what the attack wanted",
         intended=np.array([row["base_label"] for row in of_first]),
     )
-    run.say(f"picture: {path}")
+    runs.say(f"picture: {path}")
 
 
 def place(row: dict[str, Any]) -> tuple[bool, bool, str]:
-    """Returns what rows are sorted by: those without poisons first, then without a defence."""
+    """Returns what rows are sorted by: those without poisons first, then without a defense."""
     return row["defense"] != "clean", row["defense"] != "none", row["cell"]
 
 
 def gate(rows: list[dict[str, Any]]) -> str:
     """Returns what undefended victims say of the attack's strength."""
-    undefended = [row for row in rows if row["defense"] == "none" and run.succeeded(row)]
+    undefended = [row for row in rows if row["defense"] == "none" and runs.succeeded(row)]
     if not undefended:
         return "No undefended victim was trained: the attack's strength is unknown."
     hits = sum(row["success"] for row in undefended)
-    verdict = "strong enough" if hits >= GATE * len(undefended) else "weak: it tests no defence"
+    verdict = "strong enough" if hits >= GATE * len(undefended) else "weak: it tests no defense"
     chance = tables.success([row for row in rows if row["defense"] == "clean"])
     return (
         f"Strength: of undefended victims from new weights, {tables.success(undefended)} take the "
@@ -210,9 +195,9 @@ def unpoisoned(work: Work) -> list[dict[str, Any]]:
     """Returns a row for each target: what a network sees in it that was trained without poisons."""
     starts = [start(work, "clean", target) for target in range(work.config.num_targets)]
     recorded = [work.output.finished(row["cell"]) for row in starts]
-    rows = [row for row in recorded if run.succeeded(row)]
+    rows = [row for row in recorded if runs.succeeded(row)]
     if len(rows) < len(starts):
-        made = run.attempt(lambda: {"seen": without_poisons(work)})
+        made = runs.attempt(lambda: {"seen": without_poisons(work)})
         found = made.get("seen", [made] * len(starts))
         rows = [first | more for first, more in zip(starts, found, strict=True)]
         for row in rows:
@@ -225,7 +210,7 @@ def without_poisons(work: Work) -> list[dict[str, Any]]:
     numbers = 0, work.config.surrogates  # the first draws the targets; no attacker has the last
     drawing, judging = (surrogate(work, number) for number in numbers)
     trials, test = draw(work, drawing), work.splits.test
-    shares = study.probabilities(*judging, test.images)
+    shares = predictions.probabilities(*judging, test.images)
     accuracy = float(np.mean(shares.argmax(axis=1) == test.labels))
     return [
         judged(shares[target], int(test.labels[target]), int(base_label), int(target))
@@ -251,8 +236,8 @@ def cell(work: Work, name: str, target: int, defense: Defense) -> dict[str, Any]
     """Returns the row of one victim: recorded, or trained now, or with the `error` that it had."""
     first = start(work, name, target)
     row = work.output.finished(first["cell"])
-    if not run.succeeded(row):
-        row = first | run.attempt(lambda: victim(work, first["cell"], target, defense))
+    if not runs.succeeded(row):
+        row = first | runs.attempt(lambda: victim(work, first["cell"], target, defense))
         work.output.finish(first["cell"], row)
     return row
 
@@ -359,7 +344,7 @@ def draw(work: Work, known: Victim) -> Trials:
     The first so many of them are the same, however many are drawn.
     """
     config, true = work.config, work.splits.test.labels
-    shares = study.probabilities(*known, work.splits.test.images)
+    shares = predictions.probabilities(*known, work.splits.test.images)
     others = np.where(np.arange(shares.shape[1]) == true[:, None], -1, shares)
     return attacks.draw_trials(
         config.key(CHOICE),
@@ -374,20 +359,14 @@ def draw(work: Work, known: Victim) -> Trials:
 
 @functools.lru_cache(maxsize=1)  # one attack for all targets, so that it is compiled once
 def attack_of(config: Config) -> TargetedAttack:
-    """Returns the attack as configured; the victims' augmentation is known to the attacker."""
-    if config.attack == "mp":
-        train = study.load(config, config.seed).train
-        return attacks.metapoison(train, epsilon=config.epsilon, config=config.mp)
-    return attacks.gradient_matching(
-        epsilon=config.epsilon,
-        max_shift=config.recipe.max_shift,
-        flip=config.recipe.flip,
-        **dataclasses.asdict(config.gm),
-    )
+    """Returns the attack as configured."""
+    return registry.TARGETED[config.attack].make(config, sources.load(config, config.seed).train)
 
 
-def check(config: Config, model: models.Classifier, splits: Splits) -> None:
-    """Raises ValueError for settings that would fail only after work was done."""
+def check(config: Config, model: models.Classifier) -> None:
+    """Raises ValueError for settings that would fail, or do nothing, only after work was done."""
+    registry.check_names("attacks", (config.attack,), registry.TARGETED)
+    splits = sources.load(config, config.seed)
     for name in ("num_targets", "num_poisons", "surrogates"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
@@ -401,73 +380,6 @@ def check(config: Config, model: models.Classifier, splits: Splits) -> None:
             f"{config.num_targets} targets, but there are {len(splits.test.labels)} test images"
         )
     devices.check_divisible(config.recipe.batch_size, devices.data_mesh())
+    steps_per_epoch(config.recipe, len(splits.train.labels))
     attack_of(config)
-    study.check_defenses(config, config.defenses, model, splits)
-
-
-GM_PAPER = Config(
-    dataset="cifar10",
-    run_dir=Path("runs/targeted-gm-paper"),
-    recipe=CIFAR10,
-    hint=HintConfig(),
-    # The paper's, in L2: nearly no change. --fat.norm linf --fat.epsilon 0.031 is a fairer row.
-    fat=FatConfig(epsilon=0.062),
-    epsilon=16 / 255,
-    checkpoint_every=10,
-)
-MP_PAPER = dataclasses.replace(
-    GM_PAPER,
-    attack="mp",
-    run_dir=Path("runs/targeted-mp-paper"),
-    recipe=dataclasses.replace(CIFAR10, max_shift=0.0, flip=False),
-    epsilon=8 / 255,
-    num_targets=5,
-    num_poisons=500,
-    mp=MetaPoisonConfig(colour=0.04),
-)
-# Network and defences of the other grid, half of its images; five times the paper's share of
-# poisons, half a class.
-SHARED = ("data", "width", "blocks", "hint", "friends", "epic", "checkpoint_every")
-GM_LAPTOP = dataclasses.replace(
-    GM_PAPER,
-    **{name: getattr(untargeted.CIFAR10_LAPTOP, name) for name in SHARED},
-    run_dir=Path("runs/targeted-gm-laptop"),
-    train_examples=1_250,
-    recipe=dataclasses.replace(untargeted.CIFAR10_LAPTOP.recipe, batch_size=64),
-    fat=FatConfig(epsilon=0.062, num_steps=4, tau_epochs=(11, 20)),
-    epsilon=32 / 255,
-    num_poisons=62,
-    intended="runner_up",
-    gm=Matching(num_steps=150, restarts=1),
-)
-MP_LAPTOP = dataclasses.replace(
-    GM_LAPTOP,
-    attack="mp",
-    run_dir=Path("runs/targeted-mp-laptop"),
-    recipe=dataclasses.replace(GM_LAPTOP.recipe, max_shift=0.0, flip=False),
-    epsilon=16 / 255,
-    num_targets=4,
-    mp=MetaPoisonConfig(num_steps=25, surrogates=4, poisons_per_batch=31),
-)
-# Everything once, in minutes; says nothing about the attack or the defences.
-QUICK = dataclasses.replace(
-    GM_LAPTOP,
-    run_dir=Path("runs/targeted-quick"),
-    num_targets=2,
-    recipe=dataclasses.replace(CIFAR10, epochs=6, milestones=(4,)),
-    hint=HintConfig(schedule=(1, 2)),
-    friends=FriendsConfig(epoch=1, num_steps=5),
-    fat=FatConfig(epsilon=0.062, num_steps=2, tau_epochs=(2, 4)),
-    epic=EpicConfig(start=1, every=1, last=4),
-    gm=Matching(num_steps=20, restarts=1),
-)
-PRESETS = {
-    "gm-paper": GM_PAPER,
-    "mp-paper": MP_PAPER,
-    "gm-laptop": GM_LAPTOP,
-    "mp-laptop": MP_LAPTOP,
-    "quick": QUICK,
-}
-
-if __name__ == "__main__":
-    study.main(PRESETS, __doc__, experiment)
+    sources.check_defenses(config, config.defenses, model, splits)

@@ -1,41 +1,25 @@
-"""An attacker who knows the filter of arXiv 2403.13523, and pays a price for being flagged.
+"""An attacker who knows the filter of arXiv 2403.13523 and pays a price for being flagged.
 
-  python experiments/transfer_filter.py --preset quick     # first: its extractor is used
-  python experiments/adaptive_filter.py --run-dir runs/transfer-quick
-
-The poisons of a trial minimise the objective of bullseye polytope and that price:
-
-    |f(x^t) - mean_j f(x_j)| / |f(x^t)|  +  lambda mean_j relu(m_j / d0 + 0.01),
-    m_j = d(X(x_j), C_b) - min_{k != b} d(X(x_j), C_k)
-
-where m_j > 0 is what the filter flags. Centroids C are those of the clean training images, which
-this attacker knows; d0 is the median distance of those images to their own. lambda is swept, and
-bisected for each target: the smallest one at which 95 % of its poisons pass. A filter is then
-charged with each target that any lambda takes past it.
-
-Writes adaptive-GAMMA.json into the run's folder.
+`adaptive_filter.py` runs it and has the objective.
 """
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import run
-import transfer_poisons
-import transfer_verdicts
-from transfer_filter import Bench, Work, draw_trials, reopened
-from transfer_setting import first_of_each_class, read
 
-from jaxpoison import evaluation, filters
+from jaxpoison import evaluation, filters, runs
 from jaxpoison.attacks import feature_space
 from jaxpoison.core import loops
 from jaxpoison.data import to_float
 from jaxpoison.data.pixels import quantize
+from transfer import poisons as poison_files
+from transfer import verdicts
+from transfer.settings import first_of_each_class, read
+from transfer.study import Bench, Work, draw_trials, reopened
 
 LAMBDAS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
 KAPPA = 0.01
@@ -43,28 +27,12 @@ ROUNDS = 8
 FILTERS = ("none", "dataset", "trusted")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run-dir", type=Path, required=True, help="of transfer_filter.py")
-    parser.add_argument("--data-dir", help="of tensorflow-datasets; default as in that run")
-    parser.add_argument("--share", type=float, default=0.24, help="p of the base class")
-    parser.add_argument("--gamma", default="last_3", help="layers that the filter looks at")
-    parser.add_argument("--steps", type=int, default=200, help="of each crafting")
-    options = parser.parse_args()
-    try:
-        study(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-
-
 def study(options: argparse.Namespace) -> None:
     """Sweeps and bisects lambda, and prints the table."""
     if options.steps < 1 or not 0 < options.share <= 1:
         raise ValueError("expected at least one step and a share in (0, 1]")
     epochs = read(options.run_dir).pretraining.epochs
-    with run.Meter(epochs + len(LAMBDAS) + ROUNDS) as meter:
+    with runs.Meter(epochs + len(LAMBDAS) + ROUNDS) as meter:
         work, bench = reopened(options.run_dir, options.data_dir, meter)
         config, sets = work.config, work.sets
         trials = draw_trials(work, bench, options.share)
@@ -103,10 +71,10 @@ def study(options: argparse.Namespace) -> None:
         "steps": options.steps,
         "log10_lambda": np.asarray(high).tolist(),
         "config": work.output.config,
-        "environment": run.environment(),
+        "environment": runs.environment(),
     }
-    run.write_json(options.run_dir / f"adaptive-{options.gamma}.json", result)
-    run.say(report(rows))
+    runs.write_json(options.run_dir / f"adaptive-{options.gamma}.json", result)
+    runs.say(report(rows))
 
 
 def crafting(victim, train, trials, bases, epsilon, gamma, num_steps):
@@ -167,16 +135,16 @@ def crafting(victim, train, trials, bases, epsilon, gamma, num_steps):
 def judge(work: Work, bench: Bench, trials, images, gamma: str) -> dict[str, Any]:
     """Returns poisons found, and which targets are taken, without and with the filters."""
     config, sets = work.config, work.sets
-    poisoned = transfer_poisons.restored(
+    poisoned = poison_files.restored(
         sets.train, trials, images, [{"attacks": [{"name": "adaptive"}]}] * len(images)
     )
     trusted = first_of_each_class(sets.trusted, config.trusted_per_class)
-    view = transfer_verdicts.view(bench.victim, sets.train, poisoned, trusted)
+    view = verdicts.view(bench.victim, sets.train, poisoned, trusted)
     references = {"dataset": None, "trusted": (view.trusted[0], view.trusted[2])}
     flagged = {"none": np.zeros_like(view.is_poisoned)}
     for name, reference in references.items():
         flagged[name] = np.asarray(
-            transfer_verdicts.characteristic(
+            verdicts.characteristic(
                 view.charvec,
                 view.places,
                 view.labels,
@@ -220,7 +188,3 @@ def report(rows: list[dict[str, Any]]) -> str:
         f"{best['trusted']} |"
     )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

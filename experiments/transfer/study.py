@@ -1,45 +1,34 @@
-"""Poisons in transfer learning, and the filters that look for them (arXiv 2403.13523).
+"""Poisons in transfer learning, and the filters that look for them: what `transfer_filter.py` runs.
 
-  python experiments/transfer_filter.py --preset quick             # embedded slice, CPU
-  python experiments/transfer_filter.py --preset laptop --data-dir DIR
-  python experiments/transfer_filter.py --preset paper --data-dir DIR
-
-The paper's set-up A: a network is trained on the first 4,800 images of each class of CIFAR-10 and
-frozen; a head is trained on the next 50 of each class, among which are clean-label poisons. An
-attack counts where it succeeds often enough without a defence; then every filter looks for its
-poisons, and new heads are trained on what is left. Last HINT: none, HINT, filter, both.
-
-Every stage is kept in --run-dir, and the same command continues a killed run:
+What is kept in the run's folder, besides what every run has:
 
 checkpoints/NETWORK          the pre-trained network
 poisons/CELL.npz             the poisons of all trials of an attack, budget and share, in 8 bits
-cells/CELL.json              what became of them
-result.json, table.md        all of it
 roc.png, share.png, vectors.png, predictions-ATTACK.png   pictures
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
-import sys
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import figures
 import jax
 import numpy as np
-import run
-import tables
-import transfer_figures
-import transfer_poisons
-import transfer_tables
-import transfer_verdicts
-import tyro
-from transfer_setting import (
+from common import figures, tables
+from common.registry import TRANSFER
+
+from jaxpoison import attacks, evaluation, runs, training
+from jaxpoison.attacks import PoisonedDataset, Victim
+from jaxpoison.data import Dataset, catalogue
+from jaxpoison.defenses import chain, characteristic_filter, hint, none
+from jaxpoison.training import Checkpoints
+from transfer import figures as curves
+from transfer import poisons as poison_files
+from transfer import tables as reports
+from transfer import verdicts
+from transfer.settings import (
     NETWORKS,
-    PRESETS,
     Config,
     Sets,
     attack_of,
@@ -49,17 +38,10 @@ from transfer_setting import (
     require_sensible,
 )
 
-from jaxpoison import attacks, evaluation, training
-from jaxpoison.attacks import PoisonedDataset, Victim
-from jaxpoison.data import Dataset, catalogue
-from jaxpoison.defenses import chain, characteristic_filter, hint, none
-from jaxpoison.filters import ContaminationWarning
-from jaxpoison.training import Checkpoints
-
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class Work(run.Work):
-    """A run at work, of which stages are done, with its data."""
+class Work(runs.Work):
+    """A run in progress, counted in stages, with its data."""
 
     config: Config
     sets: Sets
@@ -89,39 +71,26 @@ class Cell:
         return f"{self.network}-{self.attack}-eps{self.epsilon_255:g}-p{self.share:g}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=list(PRESETS))
-    options, rest = parser.parse_known_args()
-    preset = options.preset or ("quick" if jax.default_backend() == "cpu" else "paper")
-    description = f"{__doc__}\n--preset {{{','.join(PRESETS)}}} sets all defaults (now: {preset})."
-    # That poisons may be the majority of a class is what the table is about.
-    warnings.simplefilter("ignore", ContaminationWarning)
-    try:
-        compare(tyro.cli(Config, args=rest, default=PRESETS[preset], description=description))
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-
-
 def compare(config: Config) -> None:
     """Runs what is missing, prints the tables and draws the pictures."""
+    config = runs.plain(config)
     require_sensible(config)
     sets = load(config)
-    output = run.Run(config.run_dir, dataclasses.asdict(config))
+    output = runs.Run(config.run_dir, dataclasses.asdict(config))
     stages = config.pretraining.epochs + len(grid(config, "")) + len(config.hint_attacks)
     benches, rows, hint_rows = {}, [], []
-    with run.Meter(len(config.networks) * stages) as meter:
+    with runs.Meter(len(config.networks) * stages) as meter:
         work = Work(config=config, sets=sets, output=output, meter=meter)
         for network in config.networks:
             bench = benches[network] = prepare(work, network)
             for cell in grid(config, network):
                 rows.append(judge(work, bench, cell))
-                work.tell(f"{cell.name}: {transfer_tables.in_short(rows[-1])}", finished=1)
+                work.tell(f"{cell.name}: {reports.in_short(rows[-1])}", finished=1)
             for attack in config.hint_attacks:
                 cell = Cell(network, attack, max(config.epsilons_255), config.hint_share)
                 hint_rows += with_hint(work, bench, cell)
                 work.tell(f"{cell.name}: with HINT", finished=1)
-        text = transfer_tables.report(
+        text = reports.report(
             rows, hint_rows, source=sets.source, networks=config.networks,
             min_success=config.min_success, trusted_per_class=config.trusted_per_class,
         )  # fmt: skip
@@ -133,12 +102,12 @@ def compare(config: Config) -> None:
         )  # fmt: skip
         pictures = draw(work, benches[config.networks[0]], rows)
         pictures += draw_targets(work, hint_rows)
-    run.say("\n" + text)
+    runs.say("\n" + text)
     for path in pictures:
-        run.say(f"picture: {path}")
+        runs.say(f"picture: {path}")
 
 
-def reopened(folder: Path, data_dir: str | None, meter: run.Meter) -> tuple[Work, Bench]:
+def reopened(folder: Path, data_dir: str | None, meter: runs.Meter) -> tuple[Work, Bench]:
     """Returns the run in `folder` and its first network, for a study that starts from them.
 
     Args:
@@ -150,7 +119,7 @@ def reopened(folder: Path, data_dir: str | None, meter: run.Meter) -> tuple[Work
       ValueError: if there is no run.
     """
     config = read(folder)
-    output = run.Run(folder, dataclasses.asdict(config))
+    output = runs.Run(folder, dataclasses.asdict(config))
     sets = load(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
     work = Work(config=config, sets=sets, output=output, meter=meter)
     return work, prepare(work, config.networks[0])
@@ -228,7 +197,7 @@ def answers(features, head) -> np.ndarray:
 def poisons(work: Work, bench: Bench, cell: Cell) -> list[PoisonedDataset]:
     """Returns the training sets of a cell's trials, crafted now unless their archive is there."""
     if not cell.share:
-        return transfer_poisons.clean(work.sets.train, draw_trials(work, bench, 0))
+        return poison_files.clean(work.sets.train, draw_trials(work, bench, 0))
     attack = attack_of(work.config, cell.attack, cell.epsilon_255)
     return crafted(work, bench, cell.name, draw_trials(work, bench, cell.share), attack)
 
@@ -260,13 +229,13 @@ def crafted(
             jax.random.key(work.config.seed), train, trials, attack, [bench.victim],
             progress=lambda _, done, total: work.tell(f"{name}: {done}/{total} poisons"),
         )  # fmt: skip
-        transfer_poisons.save(path, poisoned, trials)
+        poison_files.save(path, poisoned, trials)
     # What is judged is what the archive holds.
-    return transfer_poisons.load(path, train, trials)
+    return poison_files.load(path, train, trials)
 
 
 def judge(work: Work, bench: Bench, cell: Cell) -> dict[str, Any]:
-    """Returns what an attack achieves without a defence and after each filter."""
+    """Returns what an attack achieves without a defense and after each filter."""
     row = work.output.finished(cell.name)
     if row is not None:
         return row
@@ -290,13 +259,13 @@ def judge(work: Work, bench: Bench, cell: Cell) -> dict[str, Any]:
         work.tell(f"{cell.name}: {successes} attacks succeed, {len(chosen)} sets to be filtered")
         poisoned = [poisoned[trial] for trial in chosen]
         trusted = first_of_each_class(sets.trusted, config.trusted_per_class)
-        view = transfer_verdicts.view(bench.victim, sets.train, poisoned, trusted)
-        verdicts = transfer_verdicts.verdicts(view)
+        view = verdicts.view(bench.victim, sets.train, poisoned, trusted)
+        found = verdicts.verdicts(view)
         after = evaluation.transfer_outcome(
-            key, bench.victim, poisoned * len(verdicts), sets.test,
-            keep=~np.concatenate([verdict.flagged for verdict in verdicts.values()]),
+            key, bench.victim, poisoned * len(found), sets.test,
+            keep=~np.concatenate([verdict.flagged for verdict in found.values()]),
         )  # fmt: skip
-        row |= transfer_verdicts.measure(view, verdicts, after)
+        row |= verdicts.measure(view, found, after)
     work.output.finish(cell.name, row)
     return row
 
@@ -356,14 +325,14 @@ def draw(work: Work, bench: Bench, rows: list[dict[str, Any]]) -> list[Path]:
     if not judged:
         return []
     paths = [work.output.folder / name for name in ("roc.png", "share.png", "vectors.png")]
-    transfer_figures.roc(paths[0], judged)
-    transfer_figures.found_over_share(paths[1], judged)
+    curves.roc(paths[0], judged)
+    curves.found_over_share(paths[1], judged)
     row = min(judged, key=lambda row: abs(row["share"] - 0.5))
     cell = Cell(*(row[field.name] for field in dataclasses.fields(Cell)))
     one = poisons(work, bench, cell)[:1]
     trusted = first_of_each_class(work.sets.trusted, work.config.trusted_per_class)
-    view = transfer_verdicts.view(bench.victim, work.sets.train, one, trusted)
-    transfer_figures.vectors(paths[2], view, cell.name)
+    view = verdicts.view(bench.victim, work.sets.train, one, trusted)
+    curves.vectors(paths[2], view, cell.name)
     return paths
 
 
@@ -385,11 +354,7 @@ def draw_targets(work: Work, rows: list[dict[str, Any]]) -> list[Path]:
                 for row in mine
             },
             class_names=catalogue.entry("cifar10").class_names,
-            title=f"Targets of {transfer_tables.ATTACKS[attack]}; red: what the attack wanted",
+            title=f"Targets of {TRANSFER[attack].label}; red: what the attack wanted",
             intended=np.array(mine[0]["intended"]),
         )
     return paths
-
-
-if __name__ == "__main__":
-    main()

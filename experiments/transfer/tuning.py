@@ -1,69 +1,28 @@
-"""Poisons, the filter and HINT where the extractor does not stay frozen (arXiv 2403.13523 leaves
-that open).
-
-  python experiments/transfer_filter.py --preset quick     # first: its extractor is used
-  python experiments/fine_tuning.py --run-dir runs/transfer-quick
-
-The last b stages of the extractor are trained on the poisoned set together with a new head, with
-BatchNorm's running statistics frozen or not. The poisons are those of bullseye polytope, which
-reaches for the features of the extractor as it was, and of gradient matching through all of its
-parameters. The filter has trusted centroids of the last three layers, and takes its characteristic
-vectors from the extractor as it was ("before"), from the network as it is, again before each epoch
-("each epoch"), or would take them from the network after so many epochs ("found after"). HINT sees
-all trusted images. Rows are printed as they are measured, and kept: the same command continues.
-
-Writes fine_tuning.json into the run's folder.
-"""
+"""Poisons, the filter and HINT where the extractor does not stay frozen: `fine_tuning.py`."""
 
 import argparse
 import dataclasses
 import itertools
-import sys
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import run
-import transfer_verdicts
-from transfer_filter import Bench, Work, crafted, draw_trials, reopened
-from transfer_setting import attack_of, first_of_each_class, read
 
-from jaxpoison import attacks, defenses, training
+from jaxpoison import attacks, defenses, runs, training
 from jaxpoison.attacks import PoisonedDataset, TargetedAttack, Victim
 from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense
-from jaxpoison.filters import ContaminationWarning
 from jaxpoison.training import Recipe, Transfer
 from jaxpoison.training.hooks import Info, select
+from transfer import verdicts
+from transfer.settings import attack_of, first_of_each_class, read
+from transfer.study import Bench, Work, crafted, draw_trials, reopened
 
 ATTACKS = ("bp", "gm")
 FROZEN_EXTRACTOR = 0
 LAYERS = "last_3"  # that the filter looks at
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run-dir", type=Path, required=True, help="of transfer_filter.py")
-    parser.add_argument("--data-dir", help="of tensorflow-datasets; default as in that run")
-    parser.add_argument("--attacks", choices=ATTACKS, nargs="+", default=ATTACKS)
-    parser.add_argument("--share", type=float, default=0.5, help="p of the base class")
-    parser.add_argument("--targets", type=int, default=5, help="trials of each attack")
-    parser.add_argument("--epochs", type=int, default=20, help="of fine-tuning")
-    parser.add_argument("--batch-size", type=int, default=32, help="of fine-tuning")
-    parser.add_argument("--depths", type=int, nargs="+", default=(0, 1, 9), help="b, largest: all")
-    options = parser.parse_args()
-    # That poisons may be the majority of a class is what is studied.
-    warnings.simplefilter("ignore", ContaminationWarning)
-    try:
-        study(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
 
 
 def study(options: argparse.Namespace) -> None:
@@ -76,7 +35,7 @@ def study(options: argparse.Namespace) -> None:
         max_shift=0.0, flip=False,
     )  # fmt: skip
     rows = []
-    with run.Meter(
+    with runs.Meter(
         epochs + len(options.attacks) * len(options.depths) * 2 * most_defenses
     ) as meter:
         work, bench = reopened(options.run_dir, options.data_dir, meter)
@@ -107,10 +66,10 @@ def study(options: argparse.Namespace) -> None:
         "recipe": dataclasses.asdict(recipe),
         "stages": stages,
         "config": work.output.config,
-        "environment": run.environment(),
+        "environment": runs.environment(),
     }
-    run.write_json(options.run_dir / "fine_tuning.json", result)
-    run.say("\n".join([*header(recipe), *map(line, rows)]))
+    runs.write_json(options.run_dir / "fine_tuning.json", result)
+    runs.say("\n".join([*header(recipe), *map(line, rows)]))
 
 
 def stages_of(bench: Bench) -> list[tuple[str, ...]]:
@@ -142,7 +101,7 @@ def defenses_of(work: Work, bench: Bench, depth: int, recipe: Recipe) -> dict[st
     compared = {
         "none": defenses.none(),
         "before": defenses.characteristic_filter(model, variables, trusted, gamma=LAYERS),
-        "each epoch": filter_anew(model, trusted),
+        "each epoch": filter_again(model, trusted),
     }
     if depth == FROZEN_EXTRACTOR:
         schedule = recipe.epochs // 10, recipe.epochs // 4, recipe.epochs // 2
@@ -151,7 +110,7 @@ def defenses_of(work: Work, bench: Bench, depth: int, recipe: Recipe) -> dict[st
     return compared
 
 
-def filter_anew(model, trusted: Dataset) -> Defense:
+def filter_again(model, trusted: Dataset) -> Defense:
     """Returns the filter whose characteristic vectors are the current network's."""
 
     def on_epoch(state, epoch, train_state, dataset):
@@ -163,11 +122,9 @@ def filter_anew(model, trusted: Dataset) -> Defense:
 
 def look(victim: Victim, dataset: Dataset, trusted: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Returns what the filter flags by this network, bool [N], and the `directions`, [N, D]."""
-    charvec, reference = (
-        transfer_verdicts.extract(victim, part.images) for part in (dataset, trusted)
-    )
+    charvec, reference = (verdicts.extract(victim, part.images) for part in (dataset, trusted))
     places = np.arange(len(dataset.labels))[None]
-    flagged, _ = transfer_verdicts.characteristic(
+    flagged, _ = verdicts.characteristic(
         charvec,
         places,
         dataset.labels,
@@ -175,7 +132,7 @@ def look(victim: Victim, dataset: Dataset, trusted: Dataset) -> tuple[np.ndarray
         victim.model.num_classes,
         LAYERS,
     )
-    return np.asarray(flagged[0]), transfer_verdicts.directions(charvec)
+    return np.asarray(flagged[0]), verdicts.directions(charvec)
 
 
 def tuned(
@@ -227,7 +184,7 @@ def looks(recipe: Recipe) -> tuple[int, ...]:
 def watched(
     defense: Defense, watch: Callable[[int, Any], None], epochs: tuple[int, ...]
 ) -> Defense:
-    """Returns the defence, which calls `watch(epoch, variables)` before it begins these epochs."""
+    """Returns the defense, which calls `watch(epoch, variables)` before it begins these epochs."""
 
     def on_epoch(state, epoch, train_state, dataset):
         if epoch in epochs:
@@ -240,7 +197,7 @@ def watched(
 def header(recipe: Recipe) -> tuple[str, str]:
     """Returns the first two lines of the table."""
     found = (f"found after {epoch} (of clean; cosine)" for epoch in looks(recipe))
-    names = "attack", "b", "BatchNorm", "defence", "success", "accuracy", *found
+    names = "attack", "b", "BatchNorm", "defense", "success", "accuracy", *found
     return f"| {' | '.join(names)} |", "|---" * len(names) + "|"
 
 
@@ -255,7 +212,3 @@ def line(row: dict[str, Any]) -> str:
         f"| {row['attack']} | {row['depth']} | {frozen} | {row['defense']} | "
         f"{row['successes']}/{row['trials']} | {100 * row['accuracy']:.1f} | {' | '.join(found)} |"
     )
-
-
-if __name__ == "__main__":
-    main()
