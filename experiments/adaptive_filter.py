@@ -2,7 +2,7 @@
 being flagged.
 
   python experiments/transfer_filter.py --preset quick    # its extractor is used
-  python experiments/adaptive_filter.py --run-dir runs/transfer-quick
+  python experiments/adaptive_filter.py --run-dir runs/transfer-cifar10-quick
 
 The poisons of a trial minimize the objective of bullseye polytope and that
 price:

@@ -18,7 +18,7 @@ from jaxpoison.training import CIFAR10, Recipe
 
 PAPER = Config(
     dataset="cifar10",
-    run_dir=Path("runs/cifar10-paper"),
+    run_dir=Path("runs/hint-cifar10-paper"),
     recipe=CIFAR10,
     hint=HintConfig(),
     epsilon=8 / 255,
@@ -28,7 +28,7 @@ PAPER = Config(
 )
 QUICK = Config(
     dataset="cifar10",
-    run_dir=Path("runs/cifar10-quick"),
+    run_dir=Path("runs/hint-cifar10-quick"),
     recipe=Recipe(epochs=26, milestones=(13, 21)),
     hint=HintConfig(schedule=(5, 10, 18)),
     # At 8/255, or with DURP's third in the mixture, so small a set is hurt by 8 points only.

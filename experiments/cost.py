@@ -41,7 +41,7 @@ def main() -> None:
         "--defenses", nargs="+", choices=cost.DEFENSES, default=cost.DEFENSES, metavar="NAME",
         help=f"some of {', '.join(cost.DEFENSES)}",
     )  # fmt: skip
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/cost"))
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/cost-cifar10-laptop"))
     options = vars(parser.parse_args())
     run_dir = options.pop("run_dir")
     names = ("none", *(name for name in options["defenses"] if name != "none"))

@@ -2,7 +2,7 @@
 (arXiv 2403.13523 leaves that open).
 
   python experiments/transfer_filter.py --preset quick    # its extractor is used
-  python experiments/fine_tuning.py --run-dir runs/transfer-quick
+  python experiments/fine_tuning.py --run-dir runs/transfer-cifar10-quick
 
 The last b stages of the extractor are trained on the poisoned set together with
 a new head, with BatchNorm's running statistics frozen or not. The poisons are

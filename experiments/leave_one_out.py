@@ -14,7 +14,7 @@ again, and draws prediction against fact for three cases on MNIST (500 images of
   network, from scratch     retrained from the initial weights: the difference
                             of two runs
 
-Writes leave_one_out.json and leave_one_out.png into --out.
+Writes result.json and leave_one_out.png into --out.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/leave_one_out"))
+    parser.add_argument("--out", type=Path, default=Path("runs/leave-one-out-mnist-laptop"))
     parser.add_argument("--steps", type=runs.count, default=3000, help="of gradient descent")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -159,7 +159,7 @@ def study(folder: Path, num_steps: int, seed: int) -> None:
         cases.append(case)
     config = {"l2": L2, "steps": num_steps, "seed": seed, "train": NUM_TRAIN}
     result = {"cases": cases, "config": config, "environment": runs.environment()}
-    runs.write_json(folder / "leave_one_out.json", result)
+    runs.write_json(folder / "result.json", result)
     draw(cases, folder / "leave_one_out.png")
 
 

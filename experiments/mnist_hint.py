@@ -18,7 +18,7 @@ from jaxpoison.training import MNIST
 
 PAPER = Config(
     dataset="mnist",
-    run_dir=Path("runs/mnist-paper"),
+    run_dir=Path("runs/hint-mnist-paper"),
     recipe=MNIST,
     hint=HintConfig(schedule=(5, 15)),
     epsilon=0.3,
@@ -27,7 +27,7 @@ PAPER = Config(
 )
 QUICK = Config(
     dataset="mnist",
-    run_dir=Path("runs/mnist-quick"),
+    run_dir=Path("runs/hint-mnist-quick"),
     recipe=MNIST,
     hint=HintConfig(schedule=(5, 15)),
     epsilon=0.3,

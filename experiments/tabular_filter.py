@@ -1,7 +1,7 @@
 """Characteristic vectors without images: tables, and a network of dense layers
 with BatchNorm.
 
-  python experiments/tabular_filter.py      # writes results/tabular_filter.json
+  python experiments/tabular_filter.py
 
 An example is a row of a table, so a BatchNorm layer sees each channel once: its
 mean is the value itself and its variance is zero. What is left of arXiv
@@ -314,7 +314,7 @@ def main() -> None:
         "--shares", type=float, nargs="+", default=(0.25, 0.5), help="p of a class; at most 1"
     )
     parser.add_argument("--seed", type=int, default=0)
-    default = Path(__file__).with_name("results") / "tabular_filter.json"
+    default = Path("runs/tabular-sklearn-laptop/result.json")
     parser.add_argument("--out", type=Path, default=default)
     options = parser.parse_args()
     if not all(1 <= round(p * TRAIN) <= TRAIN for p in options.shares):

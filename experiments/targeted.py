@@ -45,7 +45,7 @@ from jaxpoison.training import CIFAR10
 
 GM_PAPER = Config(
     dataset="cifar10",
-    run_dir=Path("runs/targeted-gm-paper"),
+    run_dir=Path("runs/targeted-cifar10-paper-gm"),
     recipe=CIFAR10,
     hint=HintConfig(),
     # The paper's, in L2: nearly no change. --fat.norm linf --fat.epsilon 0.031 is a fairer row.
@@ -56,7 +56,7 @@ GM_PAPER = Config(
 MP_PAPER = dataclasses.replace(
     GM_PAPER,
     attack="mp",
-    run_dir=Path("runs/targeted-mp-paper"),
+    run_dir=Path("runs/targeted-cifar10-paper-mp"),
     recipe=dataclasses.replace(CIFAR10, max_shift=0.0, flip=False),
     epsilon=8 / 255,
     num_targets=5,
@@ -69,7 +69,7 @@ SHARED = ("data", "width", "blocks", "hint", "friends", "epic", "checkpoint_ever
 GM_LAPTOP = dataclasses.replace(
     GM_PAPER,
     **{name: getattr(untargeted.CIFAR10_LAPTOP, name) for name in SHARED},
-    run_dir=Path("runs/targeted-gm-laptop"),
+    run_dir=Path("runs/targeted-cifar10-laptop-gm"),
     train_examples=1_250,
     recipe=dataclasses.replace(untargeted.CIFAR10_LAPTOP.recipe, batch_size=64),
     fat=FatConfig(epsilon=0.062, num_steps=4, tau_epochs=(11, 20)),
@@ -81,7 +81,7 @@ GM_LAPTOP = dataclasses.replace(
 MP_LAPTOP = dataclasses.replace(
     GM_LAPTOP,
     attack="mp",
-    run_dir=Path("runs/targeted-mp-laptop"),
+    run_dir=Path("runs/targeted-cifar10-laptop-mp"),
     recipe=dataclasses.replace(GM_LAPTOP.recipe, max_shift=0.0, flip=False),
     epsilon=16 / 255,
     num_targets=4,
@@ -90,7 +90,7 @@ MP_LAPTOP = dataclasses.replace(
 # Everything once, in minutes; says nothing about the attack or the defenses.
 QUICK = dataclasses.replace(
     GM_LAPTOP,
-    run_dir=Path("runs/targeted-quick"),
+    run_dir=Path("runs/targeted-cifar10-quick"),
     num_targets=2,
     recipe=dataclasses.replace(CIFAR10, epochs=6, milestones=(4,)),
     hint=HintConfig(schedule=(1, 2)),

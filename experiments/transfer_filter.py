@@ -24,10 +24,10 @@ from transfer.settings import Config, Crafting, Parts
 from jaxpoison.filters import ContaminationWarning
 from jaxpoison.training import Recipe
 
-PAPER = Config(run_dir=Path("runs/transfer-paper"))
+PAPER = Config(run_dir=Path("runs/transfer-cifar10-paper"))
 # Sized for two cores and three quarters of an hour.
 LAPTOP = Config(
-    run_dir=Path("runs/transfer-laptop"),
+    run_dir=Path("runs/transfer-cifar10-laptop"),
     pretraining=Recipe(epochs=10, milestones=(5, 8)),
     networks=("narrow",),
     crafting=Crafting(bp_steps=200, gm_steps=150, gm_restarts=1),
@@ -35,7 +35,7 @@ LAPTOP = Config(
     test_examples=2000,
 )
 QUICK = Config(
-    run_dir=Path("runs/transfer-quick"),
+    run_dir=Path("runs/transfer-cifar10-quick"),
     pretraining=Recipe(epochs=20, milestones=(10, 16), batch_size=64),
     data="embedded",
     parts=Parts(pretraining=230, train=30, trusted=20, targets=20),

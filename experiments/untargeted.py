@@ -98,7 +98,7 @@ MNIST_HALF = dataclasses.replace(
     seeds=(0, 1, 2),
 )
 # In no mixture by default: --attacks pgd dap dc. Twenty minutes of one core at p = 1 on MNIST, and
-# the strongest attack there (results/untargeted-mnist-dc); on CIFAR-10 not yet measured.
+# the strongest attack there (results/untargeted-mnist-laptop-dc); on CIFAR-10 not yet measured.
 DC_LAPTOP = DeepConfuseConfig(
     trials=6, batch_size=64, width=8, generator_rate=1e-3, classifier_rate=0.05
 )

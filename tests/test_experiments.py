@@ -119,7 +119,7 @@ def test_cifar_runs(tmp_path):
     [
         (("--poison-ratios", "1.5"), "poison ratios p must be in [0, 1], not 1.5"),
         (("--hint.ratio", "0.001"), "less than one example"),
-        (("--hint.schedule", "9"), "goes beyond the 4 epochs"),
+        (("--hint.schedule", "9"), "has no epoch below the run's 4"),
         (("--epsilon", "8"), "epsilon is in units of pixels"),
         (("--data", "full", "--data-dir", "nowhere"), "jaxpoison.data.prepare"),
         (("--preset", "best"), "invalid choice: 'best'"),
