@@ -11,7 +11,7 @@ import pytest
 from bn_networks import variables_of
 from defended import begin
 
-from jaxpoison import filters, models, training
+from jaxpoison import filters, models, network, training
 from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense, HintConfig, chain, characteristic_filter, hint, none
@@ -156,7 +156,7 @@ def fit_head(train, defense=None, recipe=HEAD):
         return training.fit_defended_head(
             key, MODEL, EXTRACTOR, train, defense, recipe=recipe, mesh=ONE
         )
-    features = training.features(MODEL, EXTRACTOR, train.images, mesh=ONE)
+    features = network.features(MODEL, EXTRACTOR, train.images, mesh=ONE)
     return training.fit_head(key, features, jnp.asarray(train.labels), num_classes=3, recipe=recipe)
 
 

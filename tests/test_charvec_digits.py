@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from jaxpoison import attacks, evaluation, filters, models, training
+from jaxpoison import attacks, evaluation, filters, models, network, training
 from jaxpoison.core import devices
 from jaxpoison.data import Dataset, to_float
 
@@ -59,10 +59,10 @@ def victim():
     # of which not all holds that is tested here; from this one all versions tried agree.
     state = training.fit(MODEL, recipe, extractor, key=jax.random.key(5), mesh=one)
     variables = jax.device_get(state.variables)
-    features = training.features(MODEL, variables, train.images)
+    features = network.features(MODEL, variables, train.images)
     fit = jax.jit(functools.partial(training.fit_head, num_classes=10))
     head = fit(jax.random.key(1), features, train.labels)
-    return attacks.Victim(MODEL, training.with_head(variables, head))
+    return attacks.Victim(MODEL, network.as_network(MODEL).with_head(variables, head))
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import numpy as np
 
 from common import cli, figures, predictions, registry, sources, tables
 from common.settings import SELECTION, Cell, Config, Work
-from jaxpoison import attacks, models, runs, training
+from jaxpoison import attacks, models, network, runs, training
 from jaxpoison.core import devices, hosts
 from jaxpoison.data import Dataset, Splits, to_float
 from jaxpoison.defenses import Defense
@@ -265,9 +265,9 @@ def draw_noise(work: Work, cell: Cell, picture: Path) -> None:
     received = Dataset(np.asarray(to_float(train.images[rows])), train.labels[rows])
     added = np.asarray(noise[strongest])
     perturbed = np.clip(received.images + added, 0, 1)
-    predict = training.evaluator(work.model, mesh=devices.data_mesh())
     before, after = (
-        devices.to_host(predict(state.variables, images)) for images in (received.images, perturbed)
+        devices.to_host(network.predict(work.model, state.variables, images))
+        for images in (received.images, perturbed)
     )
     hosts.on_main(
         lambda: figures.healthy_noise(

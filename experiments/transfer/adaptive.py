@@ -12,7 +12,8 @@ import numpy as np
 import optax
 
 from jaxpoison import evaluation, filters, runs
-from jaxpoison.attacks import feature_space
+from jaxpoison.attacks.bullseye import bullseye
+from jaxpoison.attacks.transfer import View
 from jaxpoison.core import loops
 from jaxpoison.data import to_float
 from jaxpoison.data.pixels import quantize
@@ -104,10 +105,10 @@ def crafting(victim, train, trials, bases, epsilon, gamma, num_steps):
             features, charvec = filters.apply_and_extract(
                 model, variables, poisons, method="features"
             )
-            view = feature_space.View(features, target, variables["params"]["head"], label)
+            view = View(features, target, variables["params"]["head"], label)
             labels = jnp.full(len(poisons), label)
             margins = filters.nearest_centroid_filter(charvec, labels, centroids, gamma=gamma).score
-            potency = feature_space.bullseye([view])
+            potency = bullseye([view])
             price = jnp.mean(jax.nn.relu(margins / scale + KAPPA))
             return potency + weight * price, (potency, jnp.mean(margins <= 0))
 

@@ -18,7 +18,7 @@ import numpy as np
 from common import figures, tables
 from common.registry import TRANSFER
 
-from jaxpoison import attacks, evaluation, runs, training
+from jaxpoison import attacks, evaluation, network, runs, training
 from jaxpoison.attacks import PoisonedDataset, Victim
 from jaxpoison.data import Dataset, catalogue
 from jaxpoison.defenses import chain, characteristic_filter, hint, none
@@ -81,13 +81,13 @@ def compare(config: Config) -> None:
     benches, rows, hint_rows = {}, [], []
     with runs.Meter(len(config.networks) * stages) as meter:
         work = Work(config=config, sets=sets, output=output, meter=meter)
-        for network in config.networks:
-            bench = benches[network] = prepare(work, network)
-            for cell in grid(config, network):
+        for name in config.networks:
+            bench = benches[name] = prepare(work, name)
+            for cell in grid(config, name):
                 rows.append(judge(work, bench, cell))
                 work.tell(f"{cell.name}: {reports.in_short(rows[-1])}", finished=1)
             for attack in config.hint_attacks:
-                cell = Cell(network, attack, max(config.epsilons_255), config.hint_share)
+                cell = Cell(name, attack, max(config.epsilons_255), config.hint_share)
                 hint_rows += with_hint(work, bench, cell)
                 work.tell(f"{cell.name}: with HINT", finished=1)
         text = reports.report(
@@ -131,22 +131,22 @@ def grid(config: Config, network: str) -> list[Cell]:
     return [Cell(network, "none", 0.0, 0.0), *(Cell(network, *cell) for cell in product)]
 
 
-def prepare(work: Work, network: str) -> Bench:
+def prepare(work: Work, name: str) -> Bench:
     """Trains the extractor, or restores it, and a head on clean images."""
     config, sets = work.config, work.sets
-    model, key = NETWORKS[network](), jax.random.key(config.seed)
+    model, key = NETWORKS[name](), jax.random.key(config.seed)
 
     def report(epoch, metrics):
-        work.output.log(network, epoch, metrics)
+        work.output.log(name, epoch, metrics)
         work.tell(
-            f"{network}: epoch {epoch + 1}/{config.pretraining.epochs}, loss "
+            f"{name}: epoch {epoch + 1}/{config.pretraining.epochs}, loss "
             f"{metrics['loss']:.3f}, test accuracy {100 * metrics['test_accuracy']:.1f}%"
         )
 
     # Attacks and filters may change without training the extractor again.
-    facts = network, config.pretraining, config.data, config.parts.pretraining, config.seed
+    facts = name, config.pretraining, config.data, config.parts.pretraining, config.seed
     checkpoints = Checkpoints(
-        work.output.folder / "checkpoints" / network,
+        work.output.folder / "checkpoints" / name,
         every=config.checkpoint_every,
         identity=str(facts),
     )
@@ -158,7 +158,7 @@ def prepare(work: Work, network: str) -> Bench:
     finally:
         checkpoints.close()
     train, targets, test = (
-        training.features(model, state.variables, part.images)
+        network.features(model, state.variables, part.images)
         for part in (sets.train, sets.targets, sets.test)
     )
     fit = jax.jit(functools.partial(training.fit_head, num_classes=model.num_classes))
@@ -171,18 +171,18 @@ def prepare(work: Work, network: str) -> Bench:
         allowed &= sets.targets.labels == config.target_class
     if not allowed.any():
         raise ValueError(
-            f"{network} gets none of the {len(allowed)} candidates right that may be targets: "
+            f"{name} gets none of the {len(allowed)} candidates right that may be targets: "
             "train it for longer, or allow other classes"
         )
     bench = Bench(
-        network,
-        Victim(model, training.with_head(state.variables, head)),
+        name,
+        Victim(model, network.as_network(model).with_head(state.variables, head)),
         float(np.mean(answers(test, head) == sets.test.labels)),
         np.flatnonzero(right),
         min(config.num_targets, int(allowed.sum())),
     )
     work.tell(
-        f"{network}: a clean head has a test accuracy of {100 * bench.clean_accuracy:.1f}% and "
+        f"{name}: a clean head has a test accuracy of {100 * bench.clean_accuracy:.1f}% and "
         f"gets {allowed.sum()} candidates right, {bench.num_trials} become targets",
         finished=config.pretraining.epochs,
     )
@@ -285,7 +285,7 @@ def with_hint(work: Work, bench: Bench, cell: Cell) -> list[dict[str, Any]]:
     }  # fmt: skip
     aims = [one.target for one in poisoned if one.target is not None]
     targets, test = (
-        training.features(model, variables, images)
+        network.features(model, variables, images)
         for images in (np.concatenate([aim.images for aim in aims]), sets.test.images)
     )
     rows = []

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpoison import attacks, defenses, runs, training
+from jaxpoison import attacks, defenses, network, runs, training
 from jaxpoison.attacks import PoisonedDataset, TargetedAttack, Victim
-from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense
 from jaxpoison.training import Recipe, Transfer
@@ -146,7 +146,7 @@ def tuned(
     """Returns what becomes of all trials: successes, accuracy, and what the filter would find."""
     config, sets, model = work.config, work.sets, bench.victim.model
     trusted = first_of_each_class(sets.trusted, config.trusted_per_class)
-    predict = training.evaluator(model, mesh=devices.data_mesh())
+    predict = functools.partial(network.predict, model)
     seen: dict[int, list[tuple[np.floating, ...]]] = {epoch: [] for epoch in looks(recipe)}
     successes, accuracies = 0, []
     for one in poisoned:

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxpoison import network
 from jaxpoison.core import devices
 from jaxpoison.data import Dataset, check_trusted, to_float
 from jaxpoison.models import Classifier
@@ -76,7 +77,7 @@ def refit_head(model: Classifier, trusted: Dataset, recipe: HeadRecipe = HEAD) -
     )
 
     def finish(state, train_state):
-        features = heads.features(model, train_state.variables, trusted.images)
+        features = network.features(model, train_state.variables, trusted.images)
         # On all devices, as the features are, wherever training was.
         key, labels = devices.replicate((state, trusted.labels), devices.data_mesh())
         head = fit_head(key, features, labels)

@@ -1,9 +1,7 @@
 """Networks of Flax Linen: the package's own `Classifier`, and any other module."""
 
-import collections
 import dataclasses
 import functools
-import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,25 +13,21 @@ import numpy as np
 from flax import core, traverse_util
 from flax.errors import ModifyScopeVariableError
 
-from jaxpoison.network._layers import Call, LayeredNetwork
+from jaxpoison.network._layers import (
+    MODES,
+    Call,
+    LayeredNetwork,
+    by_name,
+    mode_arguments,
+    named_head,
+    settings_of_modes,
+)
 from jaxpoison.network.base import (
     Network,
-    as_float32,
     check_logits,
     is_batch_norm,
-    kept_variables,
 )
 
-# Arguments by which modules are told their mode, and whether True means training.
-MODE_ARGUMENTS = {
-    "train": True,
-    "training": True,
-    "is_training": True,
-    "is_train": True,
-    "deterministic": False,
-    "use_running_average": False,
-    "inference": False,
-}
 _SOWN = "_network_calls"
 _trace_numbers = itertools.count()
 
@@ -94,23 +88,20 @@ def from_linen(
             mean=tuple(classifier.mean),
             std=tuple(classifier.std),
             head_path=("head",),
+            train_kwargs=(("train", True),),
             variables=None if variables is None else _plain(variables),
         )
     _check_settings(module)
-    if (train_kwargs is None) != (eval_kwargs is None):
-        raise ValueError("give both train_kwargs and eval_kwargs, or neither")
-    if train_kwargs is None or eval_kwargs is None:
+    if train_kwargs is None and eval_kwargs is None:
         train_kwargs, eval_kwargs = _modes(module)
     return LinenNetwork(
         module=module,
-        train_kwargs=tuple(sorted(train_kwargs.items())),
-        eval_kwargs=tuple(sorted(eval_kwargs.items())),
+        **settings_of_modes(train_kwargs, eval_kwargs),
         num_classes=num_classes,
         mean=tuple(map(float, mean)),
         std=tuple(map(float, std)),
         preprocess=preprocess,
-        head_path=None if head is None else tuple(head.replace(".", "/").split("/")),
-        head_named=head is not None,
+        **named_head(head),
         variables=None if variables is None else _plain(variables),
     )
 
@@ -128,13 +119,9 @@ class LinenNetwork(LayeredNetwork):
 
     Attributes:
       module: the Linen module.
-      train_kwargs: (name, value) of the arguments of training mode.
-      eval_kwargs: those of evaluation mode.
     """
 
     module: Any = None
-    train_kwargs: tuple[tuple[str, Any], ...] = ()
-    eval_kwargs: tuple[tuple[str, Any], ...] = ()
 
     def __hash__(self):
         # Settings that cannot be hashed, such as lists, are compared all the same.
@@ -145,23 +132,10 @@ class LinenNetwork(LayeredNetwork):
         return hash((type(self), own, self.num_classes, self.mean, self.std, self.head_path))
 
     def init(self, key, image_shape):
-        if self.variables is not None:
-            return kept_variables(self, key, "")
         return _init(self, key, tuple(image_shape))
 
     def logits(self, variables, images, *, rngs=None):
         return check_logits(self._name(), self._apply(variables, images, rngs))
-
-    def features(self, variables, images, *, rngs=None):
-        if self.head_path is None:
-            found = self.for_images(images.shape[1:])
-            found._head_path()  # raises where it has none
-            return found.features(variables, images, rngs=rngs)
-        path = self._head_path()
-        _, calls = self._recorded(
-            variables, self._prepared(images), lambda layer: layer.path == path, rngs=rngs
-        )
-        return as_float32(calls[-1].inputs)
 
     def train_logits(self, variables, images, *, rngs=None):
         names = [name for name in variables if name != "params"]
@@ -170,7 +144,7 @@ class LinenNetwork(LayeredNetwork):
             self._prepared(images),
             **dict(self.train_kwargs),
             mutable=names,
-            rngs=None if rngs is None else dict(rngs),
+            rngs=rngs,
         )
         kept = {name: variables[name] for name in names}
         return check_logits(self._name(), output), {**kept, **_plain(updated)}
@@ -179,18 +153,10 @@ class LinenNetwork(LayeredNetwork):
         output, calls = self._recorded(
             variables, self._prepared(x), is_batch_norm if select is None else select, **kwargs
         )
-        found, counts = {}, collections.Counter()
-        for call in calls:
-            name = "/".join(call.path)
-            counts[name] += 1
-            found[name if counts[name] == 1 else f"{name}#{counts[name]}"] = call.inputs
-        return output, found
+        return output, by_name(calls)
 
     def _name(self):
         return type(self.module).__name__
-
-    def _prepared(self, images):
-        return self._normalized(images, self.preprocess)
 
     def _apply(self, variables, images, rngs, **kwargs):
         try:
@@ -199,7 +165,7 @@ class LinenNetwork(LayeredNetwork):
                 self._prepared(images),
                 **dict(self.eval_kwargs),
                 **kwargs,
-                rngs=None if rngs is None else dict(rngs),
+                rngs=rngs,
             )
         except ModifyScopeVariableError as error:
             raise ValueError(
@@ -210,6 +176,12 @@ class LinenNetwork(LayeredNetwork):
 
     def _shapes(self, image_shape):
         return jax.eval_shape(lambda: _init(self, jax.random.key(0), image_shape))
+
+    def _head_inputs(self, variables, images, path, rngs):
+        _, calls = self._recorded(
+            variables, self._prepared(images), lambda layer: layer.path == path, rngs=rngs
+        )
+        return calls[-1].inputs
 
     def _linear_calls(self, variables, images):
         return self._recorded(
@@ -272,13 +244,11 @@ def _recorded(module, variables, x, select, kwargs) -> tuple[Any, list[Call]]:
             f"the inputs of {', '.join(lost)} cannot be seen: the layers are called in a lifted "
             "transformation (nn.scan, nn.vmap); select other layers, or unroll it"
         )
-    calls = [
-        (path[:-1], stored)
-        for path, stored in traverse_util.flatten_dict(core.unfreeze(sown.get(own, {}))).items()
-    ]
+    stored: dict[Any, Any] = traverse_util.flatten_dict(core.unfreeze(sown.get(own, {})))
+    calls = [(path[:-1], pairs) for path, pairs in stored.items()]
     # A layer that was not traced itself is in a module that was, or in one of that kind.
     calls.sort(key=lambda each: [order.get(each[0][: n + 1], 0) for n in range(len(each[0]))])
-    return output, [Call(path, *pair) for path, stored in calls for pair in stored]
+    return output, [Call(path, *pair) for path, pairs in calls for pair in pairs]
 
 
 def _plain(variables):
@@ -288,25 +258,14 @@ def _plain(variables):
 
 def _modes(module):
     """Returns the arguments of `module.__call__` in training and in evaluation mode."""
-    name = type(module).__name__
-    arguments = list(inspect.signature(type(module).__call__).parameters.values())[2:]
-    named = [a for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
-    modes = {a.name: MODE_ARGUMENTS[a.name] for a in named if a.name in MODE_ARGUMENTS}
-    unknown = [a.name for a in named if a.name not in modes and a.default is a.empty]
-    any_name = any(a.kind is a.VAR_KEYWORD for a in arguments)
-    if unknown or (any_name and not modes):
+    modes = mode_arguments(module)
+    fields = {field.name for field in dataclasses.fields(module)} & MODES.keys()
+    if not modes[0] and fields:
         raise ValueError(
-            f"{name}.__call__({', '.join(map(str, arguments))}): how it is told to train is not "
-            f"clear; give train_kwargs= and eval_kwargs=, e.g. train_kwargs={{'train': True}}, "
-            f"eval_kwargs={{'train': False}}. Known names are {', '.join(MODE_ARGUMENTS)}"
+            f"{type(module).__name__} is told its mode when it is made ({', '.join(fields)}), so "
+            "that one module cannot both train and predict: make it an argument of __call__"
         )
-    fields = {field.name for field in dataclasses.fields(module)}
-    if not modes and fields & MODE_ARGUMENTS.keys():
-        raise ValueError(
-            f"{name} is told its mode when it is made ({', '.join(fields & MODE_ARGUMENTS.keys())})"
-            ", so that one module cannot both train and predict: make it an argument of __call__"
-        )
-    return modes, {argument: not training for argument, training in modes.items()}
+    return modes
 
 
 def _check_settings(module):

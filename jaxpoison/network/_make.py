@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 
 from jaxpoison.network._linen import from_linen
+from jaxpoison.network._nnx import from_nnx
 from jaxpoison.network.base import Network
 
 
@@ -27,6 +28,8 @@ def as_network(model: Any, *, image_shape: tuple[int, ...] | None = None) -> Net
         network = model
     elif isinstance(model, nn.Module):
         network = from_linen(model)
+    elif isinstance(model, nnx.Module):
+        network = from_nnx(model)
     else:
         raise TypeError(
             f"a {type(model).__name__} is no network: pass a flax.linen or flax.nnx module, or "

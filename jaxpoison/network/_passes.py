@@ -131,6 +131,29 @@ def predict(
     return _pass(_predicted, model, variables, images, batch_size, mesh)
 
 
+def accuracy(
+    model: Any,
+    variables: Any,
+    images: Any,
+    labels: Any,
+    *,
+    batch_size: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> float:
+    """Returns the share of the images that are predicted as labeled, in [0, 1].
+
+    Args:
+      model: a `Network`, or what `as_network` takes.
+      variables: its variables.
+      images: [N, H, W, C], as for `features`.
+      labels: int [N].
+      batch_size: as for `features`.
+      mesh: as for `features`.
+    """
+    predicted = predict(model, variables, images, batch_size=batch_size, mesh=mesh)
+    return float(jnp.mean(predicted == labels))
+
+
 def _pass(fn, model, variables, images, batch_size, mesh):
     mesh = devices.data_mesh() if mesh is None else mesh
     images = jnp.asarray(images)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import core
 
 Variables = Mapping[str, Any]
 Path = tuple[str, ...]
@@ -150,7 +151,7 @@ class Network(abc.ABC):
         """Returns an equal network that keeps no arrays alive, for use as a key."""
         return self if self.variables is None else dataclasses.replace(self, variables=None)
 
-    def _normalized(self, images, preprocess):
+    def _normalized(self, images, preprocess=None):
         if preprocess is not None:
             images = preprocess(images)
         if self.mean == (0.0,) and self.std == (1.0,):
@@ -182,13 +183,18 @@ def check_logits(name: str, output: Any) -> jax.Array:
     return as_float32(output)
 
 
+def check_outside_jit(key: Any) -> None:
+    """Raises for an `init` that differs between equal networks where it would be compiled in."""
+    if isinstance(key, core.Tracer):
+        raise ValueError(
+            "init was called under jit, vmap or grad; call it outside: networks that differ only "
+            "in what they start from are equal, so a compiled function would keep the first one's"
+        )
+
+
 def kept_variables(network: Network, key: Any, how: str) -> dict[str, Any]:
     """Returns `network.variables`, for `init` of a network that cannot make new ones."""
-    if isinstance(key, jax.core.Tracer):
-        raise ValueError(
-            "init of a network that starts from the variables it was made of was called under "
-            "jit; call it outside: a compiled function would keep the first network's variables"
-        )
+    check_outside_jit(key)
     if network.variables is None:
         raise ValueError(f"the network cannot make variables: {how}")
     return network.variables

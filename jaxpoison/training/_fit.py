@@ -6,10 +6,9 @@ examples and with the step for augmentation, so a resumed run repeats what the k
 have done.
 """
 
-import functools
 import time
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,10 @@ import optax
 
 from jaxpoison import solvers
 from jaxpoison.core import devices, loops
-from jaxpoison.data import Dataset, check, random_translate_flip, to_float
-from jaxpoison.models import Classifier
+from jaxpoison.data import Dataset, as_dataset, check, random_translate_flip, to_float
+from jaxpoison.network import accuracy, as_network, shared
 from jaxpoison.training import recipe as recipes
 from jaxpoison.training.checkpoints import Checkpoints
-from jaxpoison.training.evaluation import accuracy, evaluator
 from jaxpoison.training.hooks import BatchFn, Defense, keep_batch, keep_epoch, none, with_ids
 from jaxpoison.training.recipe import Recipe
 from jaxpoison.training.state import TrainState, init_state
@@ -37,7 +35,8 @@ class Transfer(NamedTuple):
       variables: `params` and `batch_stats` of the trained network; its head is not used.
       bn_frozen: whether BatchNorm keeps the running statistics. If not, it uses those of the batch
         and updates the running ones, as the released code of HINT does.
-      unfrozen: names of the body's parts that are trained as well, e.g. `("stage2_block0",)`.
+      unfrozen: parts of the body that are trained as well, as names on the way to parameters:
+        `("stage2_block0",)`, or `("body/stage2_block0/conv1",)`.
     """
 
     variables: Any
@@ -46,12 +45,12 @@ class Transfer(NamedTuple):
 
 
 def fit(
-    model: Classifier,
+    model: Any,
     recipe: Recipe,
-    train: Dataset,
+    train: Any,
     *,
     key: jax.Array,
-    test: Dataset | None = None,
+    test: Any = None,
     defense: Defense | None = None,
     transfer: Transfer | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -61,10 +60,12 @@ def fit(
     """Returns the state after `recipe.epochs` epochs.
 
     Args:
-      model: the network.
-      recipe: epochs, batch size, optimiser, augmentation.
-      train: N labelled images, possibly poisoned; placed on the device once.
-      key: typed PRNG key; initial weights, order, augmentation and the defence follow from it.
+      model: a `Network`, or what `network.as_network` takes: a Flax Linen or NNX module. One that
+        was made from weights (an NNX module is) starts from those.
+      recipe: epochs, batch size, optimizer, augmentation.
+      train: N labeled images, possibly poisoned, as `data.as_dataset` takes them; placed on the
+        device once.
+      key: typed PRNG key; initial weights, order, augmentation and the defense follow from it.
       test: if given, accuracy on it is reported after each epoch; nothing is chosen by it.
       defense: what to do against poisons; default nothing.
       transfer: if given, the head is trained on this extractor, and of that only what it names.
@@ -72,38 +73,44 @@ def fit(
       checkpoints: if given, the run continues from the newest one and saves as it goes.
       report: called after each epoch as `report(epoch, metrics)`, epochs counted from 0. Metrics
         are floats (`loss`, `train_accuracy`, `test_accuracy`, `seconds` of training,
-        `defense_seconds`, and what the defence logged), and `chosen` (bool array [N]) where the
-        defence singled examples out.
+        `defense_seconds`, and what the defense logged), and `chosen` (bool array [N]) where the
+        defense singled examples out.
 
     Raises:
-      ValueError: for bad images or labels, or sizes that do not fit. DivergedError: if the loss
-        is not finite after an epoch.
+      TypeError: for a model or a set of another kind. ValueError: for bad images or labels, or
+        sizes that do not fit. DivergedError: if the loss is not finite after an epoch.
     """
-    check(train, model.num_classes)
+    train = as_dataset(train)
+    check(train)
+    network = as_network(model, image_shape=train.images.shape[1:])
+    check(train, network.num_classes)
     if test is not None:
-        check(test, model.num_classes, "test set")
+        test = as_dataset(test, "test set")
+        check(test, network.num_classes, "test set")
     mesh = devices.data_mesh() if mesh is None else mesh
     defense = none() if defense is None else defense
     devices.check_divisible(recipe.batch_size, mesh)
     recipes.steps_per_epoch(recipe, len(train.labels))
     bn_frozen = transfer is not None and transfer.bn_frozen
     unfrozen = None if transfer is None else tuple(transfer.unfrozen)
-    optimizer, run_epoch = _training(
-        cast(Hashable, model), recipe, defense.on_batch, mesh, bn_frozen, unfrozen
+    optimizer, run_epoch = shared(
+        _training, network, recipe, defense.on_batch, mesh, bn_frozen, unfrozen
     )
     init_key, data_key, defense_key = jax.random.split(key, 3)
 
     train = devices.replicate(with_ids(train), mesh)
-    state = init_state(model, optimizer, init_key, train.images.shape[1:])
+    state = init_state(network, optimizer, init_key, train.images.shape[1:])
     if transfer is not None:
-        state = _transferred(state, transfer, optimizer)
+        state = _transferred(network, state, transfer, optimizer)
+    state = jax.tree.map(
+        jnp.array, state
+    )  # the loop donates its carry, and others have the weights
     state = devices.replicate(state, mesh)
     defense_state = devices.replicate(defense.init(defense_key, train, recipe.epochs), mesh)
     first_epoch = 0
     if checkpoints is not None:
         first_epoch, (state, defense_state) = checkpoints.restore((state, defense_state))
 
-    predict = evaluator(model, mesh=mesh)
     test = None if test is None else devices.replicate(test, mesh)
     most_examples = 0
     for epoch in range(first_epoch, recipe.epochs):
@@ -145,7 +152,9 @@ def fit(
             metrics["defense_seconds"] += time.perf_counter() - trained
         metrics |= means | {"seconds": time.perf_counter() - start}
         if test is not None:
-            metrics["test_accuracy"] = accuracy(predict, state.variables, test)
+            metrics["test_accuracy"] = accuracy(
+                network, state.variables, test.images, test.labels, mesh=mesh
+            )
         if report is not None:
             report(epoch, metrics)
         if checkpoints is not None and (
@@ -155,12 +164,11 @@ def fit(
     return state
 
 
-@functools.lru_cache(maxsize=8)  # a loop of its own would be compiled anew at each call
-def _training(model, recipe, on_batch, mesh, bn_frozen, unfrozen):
+def _training(network, recipe, on_batch, mesh, bn_frozen, unfrozen):
     """Returns the optimizer and the loop over steps, the same ones for the same settings."""
     optimizer = recipes.optimizer(recipe)
     step = train_step(
-        model, recipe, optimizer, mesh, on_batch=on_batch, bn_frozen=bn_frozen, unfrozen=unfrozen
+        network, recipe, optimizer, mesh, on_batch=on_batch, bn_frozen=bn_frozen, unfrozen=unfrozen
     )
     return optimizer, loops.scan(step)
 
@@ -176,7 +184,7 @@ def _fill_up(trees, lengths):
 
 
 def train_step(
-    model: Classifier,
+    model: Any,
     recipe: Recipe,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
@@ -189,15 +197,20 @@ def train_step(
 
     The batch is spread over `mesh`; means over it, BatchNorm's included, are over all of it.
     Dropout, where the network has some, is drawn anew; with `bn_frozen` there is none. With
-    `unfrozen` the head and these parts of the body move, and the optimiser's state is theirs.
+    `unfrozen` the head and these parts of the body move, and the optimizer's state is theirs.
     """
+    network = as_network(model)
 
     def augment(key, images):
         if recipe.max_shift == 0 and not recipe.flip:
             return images
         keys = jax.random.split(key, len(images))
         return random_translate_flip(
-            keys, images, max_shift=recipe.max_shift, fill=jnp.asarray(model.mean), flip=recipe.flip
+            keys,
+            images,
+            max_shift=recipe.max_shift,
+            fill=jnp.asarray(network.mean),
+            flip=recipe.flip,
         )
 
     def step(constants, state, indices):
@@ -212,25 +225,25 @@ def train_step(
         batch = on_batch(defense_state, defense_key, state, batch)
 
         def loss_fn(trained):
-            logits, updates = model.apply(
-                {
-                    "params": _join(state.params, trained, unfrozen),
-                    "batch_stats": state.batch_stats,
-                },
-                batch.images,
-                train=not bn_frozen,
-                mutable=["batch_stats"],
-                rngs=None if bn_frozen else {"dropout": jax.random.fold_in(step_key, 2)},
-            )
+            variables = {
+                "params": _join(state.params, trained, is_trained),
+                "batch_stats": state.batch_stats,
+            }
+            if bn_frozen:
+                logits, updates = network.logits(variables, batch.images), variables
+            else:
+                rngs = {"dropout": jax.random.fold_in(step_key, 2)}
+                logits, updates = network.train_logits(variables, batch.images, rngs=rngs)
             losses, hits = losses_and_hits(logits, jnp.asarray(batch.labels))
             return jnp.mean(losses), (jnp.mean(hits), updates["batch_stats"])
 
-        trained = _trained(state.params, unfrozen)
+        is_trained = _is_trained(network, state.variables, unfrozen)
+        trained = _trained(state.params, is_trained)
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (hits, batch_stats)), gradient = gradient_fn(trained)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
-        params = _join(state.params, trained, unfrozen)
+        params = _join(state.params, trained, is_trained)
         state = TrainState(state.step + 1, params, batch_stats, opt_state)
         return state, {"loss": loss, "train_accuracy": hits}
 
@@ -251,38 +264,64 @@ def losses_and_hits(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, ja
     return losses, jnp.argmax(logits, axis=-1) == labels
 
 
-def _transferred(state, transfer, optimizer):
+def _transferred(network, state, transfer, optimizer):
     """Returns the state before the first step: the extractor's body, `state`'s own head."""
-    # Copies, since the loop over steps donates its carry.
-    body, batch_stats = jax.tree.map(
-        jnp.array, (transfer.variables["params"]["body"], transfer.variables.get("batch_stats", {}))
-    )
-    unknown = set(transfer.unfrozen) - set(body)
-    if unknown:
-        raise ValueError(
-            f"the body has no parts {', '.join(sorted(unknown))} to train; its parts are "
-            f"{', '.join(sorted(body))}"
-        )
-    params = {"body": body, "head": state.params["head"]}
-    wanted = jax.tree.map(jnp.shape, (state.params["body"], state.batch_stats))
-    if jax.tree.map(jnp.shape, (body, batch_stats)) != wanted:
+    given = {"batch_stats": {}, **transfer.variables}
+    wanted = jax.tree.map(jnp.shape, state.variables)
+    if jax.tree.map(jnp.shape, {name: given[name] for name in wanted if name in given}) != wanted:
         raise ValueError("transfer.variables do not fit the model: names or shapes differ")
-    opt_state = optimizer.init(_trained(params, transfer.unfrozen))
-    return TrainState(state.step, params, batch_stats, opt_state)
+    variables = network.with_head(given, network.head(state.variables))
+    trained = _trained(
+        variables["params"], _is_trained(network, variables, tuple(transfer.unfrozen))
+    )
+    return TrainState(
+        state.step, variables["params"], variables["batch_stats"], optimizer.init(trained)
+    )
 
 
-def _trained(params, unfrozen):
-    """Returns what of `params` is trained: all of them, or the head and these parts of the body."""
+def _is_trained(network, variables, unfrozen):
+    """Returns a pytree like the parameters: True where they are trained; None where all are.
+
+    Raises:
+      ValueError: if a part that is to be trained has no parameters.
+    """
     if unfrozen is None:
+        return None
+    replaced = network.with_head(variables, jax.tree.map(jnp.array, network.head(variables)))
+    found = set()
+
+    def is_trained(path, old, new):
+        names = "/" + jax.tree_util.keystr(path, simple=True, separator="/") + "/"
+        parts = {part for part in unfrozen if f"/{part}/" in names}
+        found.update(parts)
+        return bool(parts) or old is not new
+
+    mask = jax.tree_util.tree_map_with_path(is_trained, variables["params"], replaced["params"])
+    unknown = set(unfrozen) - found
+    if unknown:
+        paths = jax.tree_util.tree_leaves_with_path(variables["params"])
+        parts = {jax.tree_util.keystr(path[:-1], simple=True, separator="/") for path, _ in paths}
+        raise ValueError(
+            f"the network has no parts {', '.join(sorted(unknown))} to train; its parts are "
+            f"{', '.join(sorted(parts))}"
+        )
+    return mask
+
+
+def _trained(params, is_trained):
+    """Returns what of `params` is trained: all of them, or those with None for the others."""
+    if is_trained is None:
         return params
-    return {"head": params["head"], "body": {name: params["body"][name] for name in unfrozen}}
+    return jax.tree.map(lambda leaf, trained: leaf if trained else None, params, is_trained)
 
 
-def _join(params, trained, unfrozen):
+def _join(params, trained, is_trained):
     """Returns `params` with what is trained in its place."""
-    if unfrozen is None:
+    if is_trained is None:
         return trained
-    return {**trained, "body": {**params["body"], **trained["body"]}}
+    return jax.tree.map(
+        lambda old, new: old if new is None else new, params, trained, is_leaf=lambda x: x is None
+    )
 
 
 def epoch_order(key: jax.Array, epoch: int, num_examples: int, batch_size: int) -> jax.Array:

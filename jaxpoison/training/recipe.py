@@ -7,6 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpoison.core.settings import check_range, settle
+
+
+def check_milestones(milestones: tuple[int, ...]) -> None:
+    """Raises ValueError unless these are epochs."""
+    if not all(isinstance(epoch, int) and epoch >= 0 for epoch in milestones):
+        raise ValueError(f"milestones must be whole epochs, 0 or later, got {milestones}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -28,6 +36,15 @@ class Recipe:
     """Random translation of each image, in pixels; 0 for none."""
     flip: bool = True
     """Whether images are mirrored at random."""
+
+    def __post_init__(self):
+        settle(self)
+        check_range(self, "epochs", 1, whole=True)
+        check_range(self, "batch_size", 1, whole=True)
+        for name in ("learning_rate", "weight_decay", "max_shift"):
+            check_range(self, name, 0)
+        check_range(self, "momentum", 0, 1)
+        check_milestones(self.milestones)
 
 
 CIFAR10 = Recipe()
