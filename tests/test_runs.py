@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -210,6 +211,7 @@ def test_a_full_disk_is_one_line(ended, capsys, tmp_path):
     with pytest.raises(ValueError):
         runs.attempt(write)  # is not a failed cell: all others would fail as well
     with pytest.raises(SystemExit), runs.program(tmp_path):
+        logging.getLogger("absl").error("Orbax: No space left on device, in 280 lines")
         runs.attempt(write)
     with pytest.raises(SystemExit), runs.program(tmp_path):
         runs.Run(tmp_path, {}).require_space(10**18)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import sys
@@ -36,6 +37,8 @@ def program(folder: Path | None = None) -> Iterator[None]:
         # Terminals that cannot show a character show a question mark.
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[attr-defined]
+    # Where Orbax logs its tracebacks; that of a full disk is one line below.
+    logging.getLogger("absl").addFilter(_not_about_a_full_disk)
     try:
         yield
     except KeyboardInterrupt:
@@ -92,6 +95,10 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
     return number
+
+
+def _not_about_a_full_disk(record):
+    return not any(text in record.getMessage().lower() for text in _FULL_TEXTS)
 
 
 def _chain(error):
