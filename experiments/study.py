@@ -197,7 +197,7 @@ DEFENSES: dict[str, Callable[[Common, models.Classifier, Splits], Defense]] = {
     "friends_gaussian": _friends("gaussian"),
     "jpeg": _jpeg,
     "jpeg_recommended": _then_recommended(_jpeg),
-    "grey": lambda config, model, splits: defenses.grey(),
+    "grey": lambda config, model, splits: defenses.gray(),
     "mixup": lambda config, model, splits: defenses.mixup(model.num_classes),
     "cutmix": lambda config, model, splits: defenses.cutmix(model.num_classes),
     # Table IV
