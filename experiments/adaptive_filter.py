@@ -32,7 +32,8 @@ from transfer_filter import Bench, Work, draw_trials, reopened
 from transfer_setting import first_of_each_class, read
 
 from jaxpoison import evaluation, filters
-from jaxpoison.attacks import feature_space
+from jaxpoison.attacks.bullseye import bullseye
+from jaxpoison.attacks.transfer import View
 from jaxpoison.core import loops
 from jaxpoison.data import to_float
 from jaxpoison.data.pixels import quantize
@@ -136,10 +137,10 @@ def crafting(victim, train, trials, bases, epsilon, gamma, num_steps):
             features, charvec = filters.apply_and_extract(
                 model, variables, poisons, method="features"
             )
-            view = feature_space.View(features, target, variables["params"]["head"], label)
+            view = View(features, target, variables["params"]["head"], label)
             labels = jnp.full(len(poisons), label)
             margins = filters.nearest_centroid_filter(charvec, labels, centroids, gamma=gamma).score
-            potency = feature_space.bullseye([view])
+            potency = bullseye([view])
             price = jnp.mean(jax.nn.relu(margins / scale + KAPPA))
             return potency + weight * price, (potency, jnp.mean(margins <= 0))
 

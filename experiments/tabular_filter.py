@@ -27,12 +27,14 @@ from sklearn import datasets
 from sklearn.preprocessing import StandardScaler
 
 from jaxpoison import filters, training
-from jaxpoison.attacks import feature_space
+from jaxpoison.attacks.bullseye import bullseye
+from jaxpoison.attacks.collision import collision
+from jaxpoison.attacks.transfer import View
 
 TABLES = {"digits": datasets.load_digits, "breast cancer": datasets.load_breast_cancer}
 ATTACKS = {
-    "feature collision": feature_space.collision,
-    "bullseye polytope": feature_space.bullseye,
+    "feature collision": collision,
+    "bullseye polytope": bullseye,
 }
 BUDGETS = (0.1, 0.25, 0.5, 1.0)  # in standard deviations of a column
 PRETRAINING, TRAIN, TRUSTED = 90, 40, 5  # examples of each class; the others are test examples
@@ -124,7 +126,7 @@ def craft(model, variables, objective, bases, targets, labels, budget):
     Args:
       model: the network.
       variables: of the extractor; its own head plays no part.
-      objective: of `feature_space`.
+      objective: of an attack, a function of `View`s.
       bases: float32 [T, P, F].
       targets: float32 [T, F].
       labels: int32 [T], of the bases.
@@ -134,7 +136,7 @@ def craft(model, variables, objective, bases, targets, labels, budget):
 
     def loss_fn(poisons, target, label):
         features = model.apply(variables, poisons, method="features")
-        view = feature_space.View(features, target, variables["params"]["head"], label)
+        view = View(features, target, variables["params"]["head"], label)
         return jnp.sum(objective([view]))
 
     def craft_one(base, target, label):

@@ -423,7 +423,7 @@ MP_PAPER = dataclasses.replace(
     epsilon=8 / 255,
     num_targets=5,
     num_poisons=500,
-    mp=MetaPoisonConfig(colour=0.04),
+    mp=MetaPoisonConfig(color=0.04),
 )
 # Network and defences of the other grid, half of its images; five times the paper's share of
 # poisons, half a class.

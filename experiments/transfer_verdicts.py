@@ -5,8 +5,8 @@ in one compiled call. The rivals see features of the last layer.
 """
 
 import functools
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from jaxpoison import filters, network
 from jaxpoison.attacks import PoisonedDataset, Victim
-from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, to_float
 from jaxpoison.evaluation import Outcome
 from jaxpoison.filters import CharVec
@@ -80,17 +79,7 @@ def view(victim: Victim, clean: Dataset, poisoned: list[PoisonedDataset], truste
 
 def extract(victim: Victim, images: np.ndarray) -> CharVec:
     """Returns the characteristic vectors of images, uint8 or float32 in [0, 1], [N, H, W, C]."""
-    mesh = devices.data_mesh()
-    run = _extractor(cast(Hashable, victim.model), mesh)
-    return run(*devices.replicate((victim.variables, images), mesh))
-
-
-@functools.lru_cache(maxsize=16)  # a function of its own would be compiled anew at each call
-def _extractor(model, mesh):
-    def extract(variables, images):
-        return filters.extract_charvec(model, variables, to_float(images))
-
-    return loops.map_batches(extract, batch_size=256, mesh=mesh)
+    return filters.CharacteristicVectorFilter(*victim, preprocess=to_float).extract(images)
 
 
 def verdicts(view: View) -> dict[str, Verdict]:
@@ -148,11 +137,14 @@ def verdicts(view: View) -> dict[str, Verdict]:
 def characteristic(charvec, places, labels, trusted, num_classes, gamma="uniform"):
     """Returns (flagged, score), [T, N]; the centroids are those of `trusted`, or of each trial."""
 
+    centroids = "dataset" if trusted is None else "trusted"
+    settings = filters.FilterSettings(centroids=centroids, gamma=gamma)
+
     def one_trial(places):
         mine = jax.tree.map(lambda array: array[places], charvec)
-        vectors, classes = trusted or (mine, labels)
-        centroids = filters.fit_centroids(vectors, classes, num_classes)
-        result = filters.nearest_centroid_filter(mine, labels, centroids, gamma=gamma)
+        result = filters.filter_vectors(
+            mine, labels, num_classes, trusted=trusted, settings=settings
+        )
         return result.is_poison, result.score
 
     return jax.lax.map(one_trial, places)

@@ -117,6 +117,21 @@ def restore(folder, like, identity="a"):
     return training.Checkpoints(folder, every=1, identity=identity).restore(like)
 
 
+def test_weights_that_a_disk_has_changed_are_not_continued_from(tmp_path):
+    save(tmp_path / "run", TREE)
+    save(tmp_path / "other", {**TREE, "w": TREE["w"].at[3, 2].add(1e-3)})
+    shutil.rmtree(tmp_path / "run" / "3" / "state")
+    shutil.copytree(tmp_path / "other" / "3" / "state", tmp_path / "run" / "3" / "state")
+    with pytest.raises(ValueError, match=r"run/3 is damaged.*checksum.*delete"):
+        restore(tmp_path / "run", TREE)
+
+
+def test_home_stands_for_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save("~/runs", TREE)
+    assert (tmp_path / "runs" / "3").is_dir()
+
+
 TREE = {"w": jnp.arange(40.0).reshape(8, 5), "n": jnp.int32(7), "key": jax.random.key(11)}
 
 

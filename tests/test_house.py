@@ -6,6 +6,7 @@ import graphlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ ALLOWED = {
     "defenses": (
         *("core", "curvature", "data", "filters", "influence", "network", "solvers", "training"),
     ),
-    "evaluation": ("attacks", "core", "data", "network", "training"),
+    "evaluation": ("attacks", "data", "network", "training"),
 }
 # The engine must run where nothing but JAX is installed.
 NEEDS_JAX_ONLY = ("core", "curvature", "influence", "solvers")
@@ -156,6 +157,21 @@ def test_the_documents_show_the_table():
         )
     ]
     assert shown == [picture()]
+
+
+def test_dependencies():
+    """The engine and the rooms need these; all else is an extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+
+    def names(requirements):
+        return {re.match(r"[\w-]+(\[\w+\])?", line)[0] for line in requirements}
+
+    wanted = {"jax", "flax", "optax", "orbax-checkpoint", "numpy", "pillow"}
+    assert names(project["dependencies"]) == wanted
+    assert names(extras["tfds"]) == {"tensorflow-datasets", "array-record", "importlib-resources"}
+    assert "jaxpoison[tfds]" in names(extras["experiments"])
+    assert "jaxpoison[experiments]" in names(extras["test"])
 
 
 def loaded(statement, names):

@@ -136,6 +136,12 @@ def test_what_is_no_sequence_is_a_type_error(bad):
         labels.encode(bad, "trusted labels")
 
 
+def test_traced_labels_are_refused():
+    for read in (labels.encode, labels.as_class_numbers):
+        with pytest.raises(TypeError, match="labels are traced; read them on the host"):
+            jax.jit(read)(jnp.arange(3))
+
+
 def test_the_range_is_checked_before_the_cast():
     for dtype in (np.int64, np.uint64):
         with pytest.raises(
@@ -217,6 +223,7 @@ def test_images_in_double_precision_and_binary_ones():
     [
         (IMAGES.astype(np.int16) - 300, r"images are int16; .*lie in -300\.\.-45"),
         (IMAGES.astype(float), r"images are float64; .*lie in \[0, 255\]: divide"),
+        (IMAGES * np.nan, "images are float64; .*NaN or infinite"),
         (IMAGES.astype(str), r"images are <U3; .* Convert them to pixels$"),
         (IMAGES[0], r"\(5, 6, 3\); .*images\[None\]"),
         (IMAGES[..., 0], r"\(9, 5, 6\); .*images\[\.\.\., None\]"),
@@ -348,6 +355,14 @@ def test_check_refuses_what_is_no_data_set():
     with pytest.raises(ValueError, match=r"image 0 is uint8 \(5, 6, 3\), image 2 is uint8 \(4, 6"):
         mixed = np.array([*IMAGES[:2], IMAGES[2, 1:], None], object)[:-1]
         data.check(data.Dataset(mixed, NUMBERS[:3].astype(np.int32)))
+
+
+def test_check_looks_at_ids():
+    data.check(GOOD._replace(ids=np.arange(9)))
+    with pytest.raises(ValueError, match=r"ids have shape \(8,\); expected an array \(9,\)"):
+        data.check(GOOD._replace(ids=np.arange(8)))
+    kept = data.as_dataset(GOOD._replace(labels=NUMBERS, ids=np.arange(9)))
+    np.testing.assert_array_equal(kept.ids, np.arange(9))
 
 
 def test_check_alike():

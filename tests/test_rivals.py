@@ -139,7 +139,7 @@ def test_friendly_noise_grows_while_the_prediction_stays():
 def test_friendly_noise_follows_the_authors_loop():
     """Step by step beside SGD written out, in batches of the authors' size."""
     config = FriendsConfig(num_steps=6, start=0.02)
-    train = Dataset(*(x[:40] for x in random_set()))
+    train = random_set().take(slice(40))
     got = np.asarray(make_friendly(config, train=train)[0].noise)
     variables = trained().variables
     reference = jax.nn.log_softmax(MODEL.apply(variables, train.images))

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 
 import flax.linen as nn
 import jax
@@ -299,3 +300,74 @@ def test_the_host_drives_steps_on_cpu_only(monkeypatch):
     for backend, want in [("cpu", True), ("gpu", False), ("tpu", False)]:
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         assert loops.steps_from_host() == want
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"epochs": 0}, ValueError),
+        ({"batch_size": 0}, ValueError),
+        ({"batch_size": 20.0}, TypeError),
+        ({"learning_rate": -0.1}, ValueError),
+        ({"learning_rate": float("nan")}, ValueError),
+        ({"momentum": 1.5}, ValueError),
+        ({"weight_decay": -1.0}, ValueError),
+        ({"max_shift": -2.0}, ValueError),
+        ({"max_shift": float("inf")}, ValueError),
+        ({"milestones": (-1,)}, ValueError),
+        ({"milestones": (1.5,)}, ValueError),
+    ],
+)
+def test_recipes_that_are_none(change, error):
+    (name,) = change
+    with pytest.raises(error, match=name):
+        dataclasses.replace(QUICK, **change)
+
+
+def test_recipes_take_lists_and_scalars_of_numpy_and_jax():
+    plain = training.Recipe(epochs=3, learning_rate=0.5, milestones=(1, 2))
+    given = training.Recipe(
+        epochs=np.int64(3), learning_rate=jnp.float32(0.5), milestones=[1, np.int32(2)]
+    )
+    assert given == plain and hash(given) == hash(plain)
+    assert json.dumps(dataclasses.asdict(given)) == json.dumps(dataclasses.asdict(plain))
+
+
+def test_what_a_hook_keeps_of_the_training_state_survives():
+    kept = []
+
+    def on_epoch(state, epoch, train_state, dataset):
+        kept.append((train_state, jax.tree.map(np.asarray, train_state)))
+        return train_state.params, dataset, Info()
+
+    init = training.init_state(
+        linear_model(), optimizer(QUICK), jax.random.key(1), (4, 4, 3)
+    ).params
+    defense = Defense(lambda key, dataset, num_epochs: init, on_epoch)
+    training.fit(linear_model(), QUICK, random_set(27, 4), key=jax.random.key(0), defense=defense)
+    for now, then in kept:
+        jax.tree.map(np.testing.assert_array_equal, now, then)
+
+
+@pytest.mark.parametrize("kind", ["pair", "list", "jax", "floats"])
+def test_fit_takes_what_can_only_mean_one_thing(kind):
+    train = random_set(27, 4)
+    given = {
+        "pair": tuple(train[:2]),
+        "list": train._replace(labels=train.labels.tolist()),
+        "jax": train._replace(images=jnp.asarray(train.images)),
+        "floats": train._replace(labels=train.labels.astype(np.float64)),
+    }[kind]
+    fit = functools.partial(training.fit, linear_model(), QUICK, key=jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, fit(given), fit(train))
+
+
+def test_what_is_no_network_or_no_data_set():
+    train = random_set(27, 4)
+    with pytest.raises(TypeError, match="is a class: pass an instance"):
+        training.fit(SeeingBody, QUICK, train, key=jax.random.key(0))
+    with pytest.raises(TypeError, match="training set"):
+        training.fit(linear_model(), QUICK, train.images, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"N, C, H, W"):
+        moved = train._replace(images=np.moveaxis(random_set(27, 8).images, -1, 1))
+        training.fit(linear_model(), QUICK, moved, key=jax.random.key(0))

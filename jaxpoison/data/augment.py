@@ -40,8 +40,11 @@ def random_translate_flip(
         float32 [B, H, W, C], in the range that `images` and `fill` span.
 
     Raises:
-        ValueError: if images are not a batch of floats or there is not one key for each.
+        ValueError: if images are not a batch of floats, there is not one key for each, or
+            `max_shift` is negative.
     """
+    if isinstance(max_shift, int | float) and not max_shift >= 0:
+        raise ValueError(f"max_shift must not be negative, got {max_shift}")
     if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images are {images.dtype} {images.shape}; expected float32 [B, H, W, C]")
     if keys.shape != images.shape[:1]:

@@ -4,6 +4,7 @@ Images are NumPy arrays, uint8 in 0..255 or float32 in [0, 1], shaped [N, H, W, 
 int32 [N]. `as_dataset` makes this of what a user holds, `check` looks at every value of it.
 """
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -76,14 +77,15 @@ def split(pool: Dataset, num_validation: int, seed: int) -> tuple[Dataset, Datas
     N - num_validation examples of it are for training, the others for validation.
 
     Args:
-        pool: N labeled images.
+        pool: N labeled images, or what `as_dataset` takes.
         num_validation: size of the validation set, 1 to N - 1.
         seed: of the permutation; the same seed gives the same split.
 
     Raises:
-        ValueError: if either part would be empty.
+        TypeError, ValueError: as `as_dataset`; ValueError also if either part would be empty.
     """
-    num_examples = len(pool.labels)
+    pool = as_dataset(pool, "pool")
+    num_validation, num_examples = operator.index(num_validation), len(pool.labels)
     if not 0 < num_validation < num_examples:
         raise ValueError(
             f"cannot keep {num_validation} of {num_examples} examples for validation: both parts "
@@ -164,6 +166,12 @@ def check(dataset: Dataset, num_classes: int | None = None, name: str = "trainin
             f"{name}: is empty (images {images.shape}); at least one image of one pixel is needed"
         )
     labels_.check_range(labels, num_classes, name)
+    ids = getattr(dataset, "ids", None)
+    if ids is not None and not (_is_array(ids) and ids.shape == labels.shape):
+        raise ValueError(
+            f"{name}: ids have shape {np.shape(ids)}; expected an array {labels.shape}, one id for "
+            "each image, or None"
+        )
     if images.dtype == np.float32:
         pixels.check_range(images, name)
 
@@ -306,7 +314,9 @@ def _check_image_dtype(images: np.ndarray, name: str) -> None:
     if images.size and jnp.issubdtype(images.dtype, jnp.floating):
         low, high = float(images.min()), float(images.max())
         advice = "Use images.astype(np.float32)"
-        if not (low >= 0 and high <= 1):
+        if not (np.isfinite(low) and np.isfinite(high)):
+            advice = "Some pixels are NaN or infinite: remove or repair these images"
+        elif low < 0 or high > 1:
             advice = f"These lie in [{low:g}, {high:g}]: divide 0..255 images by np.float32(255)"
     elif images.dtype == bool:
         advice = "Use images.astype(np.float32)"

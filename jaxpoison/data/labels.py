@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import core
 
 _LARGEST = np.iinfo(np.int32).max
 _MISSING_TYPES = ("NoneType", "NAType", "NaTType")
@@ -26,7 +27,7 @@ def encode(y: Any, name: str = "y") -> tuple[np.ndarray, np.ndarray]:
       name: what to call them in a message.
 
     Raises:
-      TypeError: for a value that is no sequence of labels (a data set, a single number).
+      TypeError: for a value that is no sequence of labels (a data set, a single number), or traced.
       ValueError: for no labels, labels that are missing, masked, of mixed kinds or not whole
         numbers, integers beyond 64 bits, or more than one axis without one-hot rows. The message
         names the first bad value.
@@ -106,6 +107,8 @@ def _as_array(y: Any, name: str) -> np.ndarray:
             f"{name}: got a {type(y).__name__}; expected [N] labels, for instance the `labels` of "
             "a data set"
         )
+    if isinstance(y, core.Tracer):
+        raise TypeError(f"{name}: labels are traced; read them on the host, outside of jit")
     if np.ma.is_masked(y):
         masked = np.ma.getmaskarray(y)
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The characteristic-vector filter (arXiv 2403.13523) as a defence: poisons leave before training.
+"""The characteristic-vector filter (arXiv 2403.13523) as a defense: poisons leave before training.
 
 For transfer learning, where the extractor is trained already: the verdict is reached once, before
 the first epoch, so defenses after it in a chain never see what was flagged.
@@ -14,35 +14,36 @@ from jaxpoison.core import devices
 from jaxpoison.data import Dataset, check, to_float
 from jaxpoison.defenses._ids import for_rows
 from jaxpoison.filters import CharacteristicVectorFilter
-from jaxpoison.models import Classifier
 from jaxpoison.training.hooks import UNCHANGED, Defense, Info, select
 
 
 def characteristic_filter(
-    model: Classifier,
+    model: Any,
     variables: Any,
     trusted: Dataset | None = None,
     *,
     mesh: jax.sharding.Mesh | None = None,
     **settings: Any,
 ) -> Defense:
-    """Returns the filter as a defence, to go first: `chain(characteristic_filter(...), hint(...))`.
+    """Returns the filter as a defense, to go first: `chain(characteristic_filter(...), hint(...))`.
 
     At the first epoch its info holds `flagged`, how many examples were dropped, and `chosen`.
 
     Args:
-      model: the extractor; need not be the network that is trained.
+      model: the extractor, a Flax Linen or NNX module or a `network.Network`; need not be the
+        network that is trained.
       variables: of the extractor, trained on data that is not under suspicion.
       trusted: clean examples, five of each class, for the centroids. Without them centroids are
         those of the data, poisons included, and a warning says what that means.
       mesh: devices to use; default all.
-      **settings: of `CharacteristicVectorFilter`, such as `metric`, `gamma` and `margin`.
+      **settings: arguments of `CharacteristicVectorFilter` by name, such as `settings`, `metric`,
+        `gamma` and `margin`.
 
     Raises:
-      ValueError: from here for a bad trusted set, from `init` for bad settings or data.
+      ValueError: from here for a bad trusted set or settings, from `init` for bad data.
     """
     if trusted is not None:
-        check(trusted, model.num_classes, "trusted set")
+        check(trusted, getattr(model, "num_classes", None), "trusted set")
     model_filter = CharacteristicVectorFilter(
         model,
         variables,
@@ -53,9 +54,8 @@ def characteristic_filter(
     )
 
     def init(key, dataset, num_epochs):
-        check(dataset, model.num_classes)
-        reference = None if trusted is None else (trusted.images, trusted.labels)
-        result = model_filter.fit_filter(dataset.images, dataset.labels, reference)
+        check(dataset, getattr(model, "num_classes", None))
+        result = model_filter.fit_filter(dataset, trusted=trusted)
         return jnp.asarray(result.keep_mask)
 
     def on_epoch(state, epoch, train_state, dataset):
