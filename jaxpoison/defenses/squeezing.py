@@ -52,8 +52,10 @@ def _on_epoch_jpeg(state, epoch, train_state, dataset):
 @jax.jit
 def _squeezed(compressed, dataset):
     own = (dataset.ids >= 0)[:, None, None, None]
-    images = to_float(for_rows(compressed, dataset.ids))
-    return dataset._replace(images=jnp.where(own, images, to_float(dataset.images)))
+    images, after = dataset.images, for_rows(compressed, dataset.ids)
+    if images.dtype != after.dtype:
+        images, after = to_float(images), to_float(after)
+    return dataset._replace(images=jnp.where(own, after, images))
 
 
 def compress(images: np.ndarray, quality: int) -> np.ndarray:
