@@ -14,10 +14,10 @@ from jaxpoison.core import devices
 from jaxpoison.core.settings import plain
 from jaxpoison.data import check, check_alike, to_float
 from jaxpoison.defenses._checks import check_kind, trusted_set
-from jaxpoison.network import as_network
+from jaxpoison.network import as_network, features
 from jaxpoison.training import heads
 from jaxpoison.training.heads import HEAD, HeadRecipe
-from jaxpoison.training.hooks import Defense, Info, none
+from jaxpoison.training.hooks import Defense, Info
 
 
 def add_trusted(
@@ -103,10 +103,22 @@ def _init_refit(network, trusted, key, dataset, num_epochs):
 
 def _finish_refit(network, trusted, recipe, key, train_state):
     network = network.for_images(trusted.images.shape[1:])
-    # On all devices, wherever training was.
-    key, variables = devices.replicate((key, train_state.variables), devices.data_mesh())
-    head = heads.fit_defended_head(key, network, variables, trusted, none(), recipe=recipe)
+    variables = train_state.variables
+    inputs = features(network, variables, trusted.images)
+    # On all devices, as the features are, wherever training was.
+    key, labels = devices.replicate((key, trusted.labels), devices.data_mesh())
+    head = _fit_head(
+        key,
+        inputs,
+        labels,
+        num_classes=network.num_classes,
+        recipe=recipe,
+        bias="bias" in network.head(variables),
+    )
     return train_state._replace(params=network.with_head(variables, head)["params"])
+
+
+_fit_head = jax.jit(heads.fit_head, static_argnames=("num_classes", "recipe", "bias"))
 
 
 def recommended(trusted: Any, *, mesh: jax.sharding.Mesh | None = None) -> Defense:
