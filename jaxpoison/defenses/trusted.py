@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxpoison.core import devices
 from jaxpoison.core.settings import plain
+from jaxpoison.core.trees import cast_like
 from jaxpoison.data import check, check_alike, to_float
 from jaxpoison.defenses._checks import check_kind, trusted_set
 from jaxpoison.network import as_network, features
@@ -115,6 +116,7 @@ def _finish_refit(network, trusted, recipe, key, train_state):
         recipe=recipe,
         bias="bias" in network.head(variables),
     )
+    head = cast_like(head, network.head(variables))
     return train_state._replace(params=network.with_head(variables, head)["params"])
 
 
