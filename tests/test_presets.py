@@ -20,7 +20,6 @@ from jaxpoison.defenses import (
     RELEASED_CODE,
     EpicConfig,
     FatConfig,
-    FriendsConfig,
     HintConfig,
     adversarial_training,
     epic,

@@ -131,8 +131,8 @@ def hint(
 ) -> Defense:
     """Returns HINT as a defense.
 
-    The info of an update holds `residual` and `solver_steps` of the solve; `step_255_q50`, `_q90`,
-    `_q99`: quantiles of 255 gamma |I_pert| over chosen pixels (below 1, uint8 storage would lose
+    The info of an update holds `residual` and `solver_steps` of the solve, where there is one (not
+    with solver="identity"); `step_255_q50`, `_q90`, `_q99`: quantiles of 255 gamma |I_pert| over chosen pixels (below 1, uint8 storage would lose
     the step); `share_at_beta`: share of chosen pixels whose noise is at +-beta; the seconds of its
     parts, `features_seconds`, `solve_seconds`, `scores_seconds` (first update only) and
     `pixel_maps_seconds`; `chosen`; and with `mass` the share `ratio` that it takes.
@@ -237,12 +237,9 @@ def update(
         metrics["ratio"] = len(noise) / len(dataset.labels)
     if len(noise) < len(state.noise):
         noise = state.noise.at[: len(noise)].set(noise)
-    metrics |= {
-        "residual": solution.residual,
-        "solver_steps": solution.num_steps,
-        **lap.seconds,
-    }
-    return state._replace(noise=noise), Info(metrics, part.chosen, changed=True)
+    if config.solver != "identity":
+        metrics |= {"residual": solution.residual, "solver_steps": solution.num_steps}
+    return state._replace(noise=noise), Info(metrics | lap.seconds, part.chosen, changed=True)
 
 
 def hessian_examples(
