@@ -20,8 +20,9 @@ are rounded to fewer than 24 bits by default, which bounds what a solver can rea
 `jax.default_matmul_precision("highest")` where that matters.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,10 @@ from jax import lax
 
 from jaxpoison import curvature as curvatures
 from jaxpoison import solvers
-from jaxpoison.core import batches, spmd, trees
+from jaxpoison.core import batches, heads, programs, spmd, trees
 from jaxpoison.core.batches import Batch, LossFn
+from jaxpoison.core.batches import Stream as Stream
+from jaxpoison.core.checks import check_count, check_no_nan, check_positive, listing, shortened
 from jaxpoison.core.spmd import AxisName
 from jaxpoison.core.trees import Params
 from jaxpoison.curvature import Curvature
@@ -39,8 +42,8 @@ from jaxpoison.curvature import Curvature
 def group_ihvp(
     loss_fn: LossFn,
     params: Params,
-    group: Batch,
-    train: Batch,
+    group: Batch | Stream,
+    train: Batch | Stream,
     *,
     solver: solvers.Solver,
     curvature: Curvature | None = None,
@@ -49,6 +52,7 @@ def group_ihvp(
     chunk_size: int | None = None,
     key: jax.Array | None = None,
     axis_name: AxisName = None,
+    progress: Callable[[int, float], None] | None = None,
 ) -> solvers.Solution:
     """Returns s = (H + damping I)^-1 v, with v the gradient of the mean loss of `group`.
 
@@ -57,7 +61,9 @@ def group_ihvp(
         `batch = (inputs, targets)`. Examples must not interact (BatchNorm in evaluation mode).
       params: pytree of floating-point arrays; half precision is raised to float32 inside.
       group: examples whose mean loss is of interest, pytrees with leading axis M.
-      train: examples over which H is the mean, pytrees with leading axis N.
+      train: examples over which H is the mean, pytrees with leading axis N. Either may be a
+        `Stream` of batches, read again for each product with H: then outside `jit` only, with
+        `solvers.cg` or `solvers.identity`.
       solver: `solvers.cg(damping=0.5)` or another of `solvers`; it holds the damping.
       curvature: None for the Hessian of `loss_fn`; or `curvature.gauss_newton(...)`, positive
         semi-definite for whole networks; or `curvature.linear_head` for a last layer over cached
@@ -66,22 +72,35 @@ def group_ihvp(
       train_weights: `[N]`, the same for H. Weights of 0 make batches of unequal size equal, as
         `jax.vmap` over several groups needs.
       chunk_size: examples per pass over `group` and `train`; memory is then that of one chunk.
-        None: all at once, linearised once for all steps of the solver.
+        None: all at once, linearized once for all steps of the solver.
       key: PRNG key for stochastic solvers.
       axis_name: None for one device and for `jit` over sharded arrays. Inside your own `shard_map`,
         `pmap` or `vmap(axis_name=...)`: the axis over which both `group` and `train` are split,
         in shards of equal size; the result is the same on all devices.
+      progress: `progress(step, residual)`, called as an iterative solver goes, outside `jit` only.
+        LiSSA, which does not know its residual before the end, passes the relative change over its
+        last 25 steps.
 
     Returns:
       A `Solution` whose `value` is shaped like `params`. Sign: moving the parameters by -t s lowers
       the group's loss for small t > 0.
 
+    On CPU, call it outside `jit` for networks with convolutions: the host then drives the solver's
+    steps, because XLA's CPU backend runs a convolution inside a loop some 30 times slower.
+
     Raises:
       ValueError: for losses that are not one per example, empty or ragged batches, weights of
         another shape, negative or all zero, chunk_size < 1, or a random solver without a key.
-      TypeError: for parameters that are not floating point.
+        Outside `jit` also for NaN or infinite parameters and data, and for a loss of an example
+        that depends on the others of its batch, as with BatchNorm in training mode.
+      TypeError: for parameters that are not floating point, or a solver that was not called.
     """
-    batches.count_examples(train, "train")
+    _check_solver(solver)
+    if not isinstance(train, Stream):
+        batches.count_examples(train, "train")
+    check_no_nan(train=None if isinstance(train, Stream) else train)
+    if loss_fn is linear_head_loss and not isinstance(train, Stream):
+        _check_head(params, train, "train")
     rhs = group_gradient(
         loss_fn, params, group, weights=group_weights, chunk_size=chunk_size, axis_name=axis_name
     )
@@ -94,7 +113,8 @@ def group_ihvp(
             curvature, params, train, sample_key, batch_size=batch_size, **over_train
         )
 
-    solution = solver(matvec, rhs, sample=sample, key=key)
+    told = {} if progress is None else {"progress": progress}
+    solution = solver(matvec, rhs, sample=sample, key=key, **told)
     # Equal on all devices already. Averaging makes its cotangents equal too, as the transposed
     # solve needs where nobody checks them (`pmap`): its products are means over devices.
     value = spmd.device_local(solution.value, axis_name=axis_name)
@@ -104,7 +124,7 @@ def group_ihvp(
 def group_gradient(
     loss_fn: LossFn,
     params: Params,
-    group: Batch,
+    group: Batch | Stream,
     *,
     weights: jax.Array | None = None,
     chunk_size: int | None = None,
@@ -115,10 +135,15 @@ def group_gradient(
     Arguments as for `group_ihvp`; with `weights` it is the gradient of the weighted mean. Half-
     precision parameters give a float32 gradient.
     """
-    num_examples = batches.count_examples(group, "group")
     params = _check_floating(params, "params")
+    if isinstance(group, Stream):
+        if weights is not None or axis_name is not None:
+            raise ValueError("group is a stream: weights and axis_name are for arrays")
+        return _streamed_gradient(loss_fn, params, group)
+    num_examples = batches.count_examples(group, "group")
+    _check_values(loss_fn, params, {"group": group})
     params = spmd.device_local(trees.at_least_float32(params), group, weights, axis_name=axis_name)
-    weights = batches.normalised_weights(weights, num_examples, "group_weights", axis_name)
+    weights = batches.normalized_weights(weights, num_examples, "group_weights", axis_name)
     num_chunks, take = batches.chunks(group, chunk_size, weights)
 
     def gradient(index):
@@ -137,11 +162,23 @@ def group_gradient(
     return spmd.mean_over_devices(total, axis_name)
 
 
+def _streamed_gradient(loss_fn, params, stream):
+    _check_values(loss_fn, params, {"group": stream})
+    num_examples = stream.count("group")
+    params = trees.at_least_float32(params)
+
+    def add(total, batch):
+        gradient = jax.grad(lambda p: batches.weighted_loss(loss_fn, p, batch, 1 / num_examples))
+        return jax.tree.map(jnp.add, total, gradient(params))
+
+    return functools.reduce(programs.compiled(add), stream, jax.tree.map(jnp.zeros_like, params))
+
+
 def example_influence(
     loss_fn: LossFn,
     params: Params,
     ihvp: Params,
-    batch: Batch,
+    batch: Batch | Stream,
     *,
     chunk_size: int | None = None,
 ) -> jax.Array:
@@ -155,7 +192,8 @@ def example_influence(
       loss_fn: as for `group_ihvp`.
       params: as for `group_ihvp`.
       ihvp: `Solution.value`, shaped like `params`.
-      batch: `(inputs, targets)` with leading axis N.
+      batch: `(inputs, targets)` with leading axis N; or a `Stream` of such, outside `jit`, whose
+        scores come in its order.
       chunk_size: examples per pass; None for all at once.
     """
     params, ihvp = _direction(params, ihvp)
@@ -163,6 +201,9 @@ def example_influence(
     def scores(chunk):
         return -_directional_losses(loss_fn, params, ihvp, chunk)
 
+    _check_values(loss_fn, params, {"batch": batch}, ihvp)
+    if isinstance(batch, Stream):
+        return jnp.concatenate([*map(programs.compiled(scores), batch)])
     return batches.map_chunks(scores, batch, chunk_size)
 
 
@@ -192,6 +233,8 @@ def pixel_influence(
       TypeError: for inputs that are not floating point.
     """
     params, ihvp = _direction(params, ihvp)
+    if isinstance(batch, Stream):
+        raise TypeError("maps of a stream would fill the memory: call this for each of its batches")
     inputs, targets = batches.split_batch(batch)
     inputs = _check_floating(
         inputs, "inputs", "convert images to floats in [0, 1]; for tokens, pass their embeddings"
@@ -204,6 +247,7 @@ def pixel_influence(
         total = jax.grad(lambda x: -jnp.sum(_directional_losses(loss_fn, params, ihvp, (x, y))))
         return total(x)
 
+    _check_values(loss_fn, params, {"batch": batch}, ihvp)
     return batches.map_chunks(maps, (inputs, targets), chunk_size)
 
 
@@ -215,15 +259,23 @@ def linear_head_loss(head_params: Params, batch: Batch) -> jax.Array:
     semi-definite and equals the Gauss-Newton matrix; `curvature.linear_head` is its closed form.
 
     Args:
-      head_params: `{"kernel": [d, K], "bias": [K]}`, the layout of `flax.linen.Dense`.
-      batch: features `[N, d]` and integer labels `[N]`.
+      head_params: `{"kernel": [d, K], "bias": [K]}`, the layout of `flax.linen.Dense`, in any
+        mapping; "bias" may be missing. A logit of -inf is a class left out.
+      batch: features `[N, d]` and labels `[N]`, whole numbers from 0 to K - 1.
+
+    Raises:
+      ValueError: for another head, K = 1, or labels of another shape; outside `jit` also for
+        labels that are no classes, whose losses and derivatives are NaN under `jit`.
     """
-    features, labels = batch
-    # Full precision: in TF32 or bfloat16 a solver cannot pass a residual of about 1e-3.
-    logits = jnp.matmul(features, head_params["kernel"], precision=lax.Precision.HIGHEST)
-    logits = logits + head_params["bias"]
-    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(one_hot * logits, axis=-1)
+    features, labels = batches.split_batch(batch)
+    heads.check_head(head_params, features)
+    num_examples, num_classes = jnp.shape(features)[0], jnp.shape(head_params["kernel"])[1]
+    heads.check_labels(labels, num_examples, num_classes)
+    logits = heads.head_logits(head_params, features)
+    chosen = jnp.asarray(labels)[:, None] == jnp.arange(num_classes)
+    # Not 0 times the other logits, which may be -inf.
+    losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
+    return losses * heads.one_for_classes(labels, num_classes, losses.dtype)
 
 
 def split_params(
@@ -249,7 +301,7 @@ def split_params(
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     chosen = [bool(predicate(path, leaf)) for path, (_, leaf) in zip(paths, leaves, strict=True)]
     if not any(chosen):
-        raise ValueError(f"the predicate selects no parameters; there are: {', '.join(paths)}")
+        raise ValueError(f"the predicate selects no parameters; there are: {listing(paths, 40)}")
     picked = [leaf if pick else None for pick, (_, leaf) in zip(chosen, leaves, strict=True)]
 
     def merge(selected):
@@ -281,10 +333,11 @@ def _direction(params, ihvp):
     )
     if jax.tree.structure(params) != jax.tree.structure(ihvp) or want != got:
         differing = sorted(k for k in want.keys() | got.keys() if want.get(k) != got.get(k))
-        listing = "; ".join(
-            f"{k or 'the array'}: params {want.get(k)}, ihvp {got.get(k)}" for k in differing
+        found = listing(
+            (f"{k or 'the array'}: params {want.get(k)}, ihvp {got.get(k)}" for k in differing),
+            separator="; ",
         )
-        raise ValueError(f"ihvp must be shaped like params; {listing or 'containers differ'}")
+        raise ValueError(f"ihvp must be shaped like params; {found or 'containers differ'}")
     return params, trees.cast_like(ihvp, params)
 
 
@@ -295,3 +348,41 @@ def _check_floating(tree, name, advice="differentiate floating-point arrays only
             path = name + jax.tree_util.keystr(path)
             raise TypeError(f"{path} must be floating point, got {dtype}: {advice}")
     return jax.tree.map(jnp.asarray, tree)
+
+
+def _check_solver(solver):
+    factories = {
+        solvers.cg: "damping=0.1",
+        solvers.cholesky: "damping=0.1",
+        solvers.nystrom: "damping=0.1, rank=100",
+        solvers.lissa: "damping=0.1",
+        solvers.lissa_from_authors: "",
+        solvers.identity: "",
+    }
+    if not callable(solver) or solver in factories:
+        name = getattr(solver, "__name__", repr(solver))
+        example = f"solvers.{name}({factories[solver]})" if callable(solver) else "solvers.cg(...)"
+        raise TypeError(f"solver must be a solver, got {shortened(name)}: write {example}")
+
+
+def _check_values(loss_fn, params, data, ihvp=None):
+    """Raises ValueError, outside `jit`, for values with which no answer can be right."""
+    check_no_nan(params=params, ihvp=ihvp)
+    for name, batch in data.items():
+        if isinstance(batch, Stream):
+            first = next(iter(batch), None)
+            if first is not None:
+                batches.check_independent(loss_fn, params, first, name)
+            continue
+        check_no_nan(**{name: batch})
+        if loss_fn is linear_head_loss:
+            _check_head(params, batch, name)
+        else:
+            batches.check_independent(loss_fn, params, batch, name)
+
+
+def _check_head(params, batch, name):
+    features, labels = batches.split_batch(batch)
+    heads.check_head(params, features)
+    num_examples, num_classes = jnp.shape(features)[0], jnp.shape(params["kernel"])[1]
+    heads.check_labels(labels, num_examples, num_classes, f"labels of {name}: labels")
