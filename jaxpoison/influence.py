@@ -207,6 +207,293 @@ def example_influence(
     return batches.map_chunks(scores, batch, chunk_size)
 
 
+def self_influence(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    train: Batch,
+    *,
+    solver: solvers.Solver,
+    curvature: Curvature | None = None,
+    train_weights: jax.Array | None = None,
+    chunk_size: int | None = None,
+    examples_at_once: int = 32,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, solvers.Solution]:
+    """Returns g_i^T (H + damping I)^-1 g_i of every example, with g_i = grad_theta l_i.
+
+    1/N of it is about how much the loss of a training example rises when it is removed: examples
+    that the model has to memorize, wrong labels among them, have large values. It is minus the
+    diagonal of `score_matrix` of a set with itself (Koh & Liang 2017, section 5.2).
+
+    Args:
+      loss_fn: as for `group_ihvp`.
+      params: as for `group_ihvp`.
+      batch: examples asked about, `(inputs, targets)` with leading axis M; often `train` itself.
+      train: as for `group_ihvp`; arrays.
+      solver: as for `group_ihvp`. There are M systems: `cholesky` and `nystrom` write out or sketch
+        H once for `examples_at_once` of them.
+      curvature: as for `group_ihvp`.
+      train_weights: as for `group_ihvp`.
+      chunk_size: examples of `train` per pass.
+      examples_at_once: systems solved together; the memory is that of so many parameter vectors.
+      key: as for `group_ihvp`.
+
+    Returns:
+      Values `[M]`, not negative where the solve converged; and the evidence of the M solves, a
+      `Solution` with fields `[M]` and None for `value`.
+    """
+    matvec, solve = _many_solves(
+        loss_fn, params, batch, train, solver, curvature, train_weights, chunk_size, key
+    )
+
+    def values(chunk):
+        gradients, solutions = solve(matvec, chunk)
+        return jax.vmap(trees.dot)(gradients, solutions.value), solutions._replace(value=None)
+
+    return batches.map_chunks(values, batch, examples_at_once)
+
+
+class TopScores(NamedTuple):
+    """The training examples that matter most for each query, most extreme first.
+
+    Attributes:
+      harmful_scores: the k largest scores, `[M, k]`.
+      harmful: their indices in `train`, int32 `[M, k]`.
+      helpful_scores: the k smallest scores, `[M, k]`.
+      helpful: their indices, int32 `[M, k]`.
+    """
+
+    harmful_scores: jax.Array
+    harmful: jax.Array
+    helpful_scores: jax.Array
+    helpful: jax.Array
+
+
+def score_matrix(
+    loss_fn: LossFn,
+    params: Params,
+    queries: Batch,
+    train: Batch,
+    *,
+    solver: solvers.Solver,
+    curvature: Curvature | None = None,
+    train_weights: jax.Array | None = None,
+    top_k: int | None = None,
+    chunk_size: int | None = None,
+    queries_at_once: int = 32,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array | TopScores, solvers.Solution]:
+    """Returns the influence of every training example on the loss of every query.
+
+    Entry [j, i] is -<(H + damping I)^-1 grad_theta l(query_j), grad_theta l(train_i)>: the score of
+    `example_influence` with query j alone for a group. Positive is harmful.
+
+    Args:
+      loss_fn: as for `group_ihvp`.
+      params: as for `group_ihvp`.
+      queries: `(inputs, targets)` with leading axis M, such as test examples.
+      train: `(inputs, targets)` with leading axis N; arrays.
+      solver: as for `self_influence`.
+      curvature: as for `group_ihvp`.
+      train_weights: as for `group_ihvp`.
+      top_k: None for the whole matrix; k for the k most harmful and the k most helpful of each
+        query, without ever holding the matrix.
+      chunk_size: examples of `train` per pass.
+      queries_at_once: systems solved together. The memory beyond the result is that of so many
+        parameter vectors and, with `top_k`, `queries_at_once` x `chunk_size` scores.
+      key: as for `group_ihvp`.
+
+    Returns:
+      Scores `[M, N]`, or `TopScores`; and the evidence of the M solves, a `Solution` with fields
+      `[M]` and None for `value`.
+
+    Raises:
+      ValueError: as `group_ihvp`, and unless 1 <= top_k <= N.
+    """
+    num_train = batches.count_examples(train, "train")
+    if top_k is not None:
+        check_count(top_k=top_k)
+        if top_k > num_train:
+            raise ValueError(f"top_k = {top_k} is more than the {num_train} examples of train")
+    matvec, solve = _many_solves(
+        loss_fn, params, queries, train, solver, curvature, train_weights, chunk_size, key
+    )
+    params = trees.at_least_float32(params)
+
+    def scores_of(chunk, directions):  # [examples, queries]
+        def losses(p):
+            return batches.losses_per_example(loss_fn, p, chunk)
+
+        push = jax.linearize(losses, params)[1]
+        return -jax.vmap(push, out_axes=1)(trees.cast_like(directions, params))
+
+    def rows(chunk):
+        _, solutions = solve(matvec, chunk)
+        score = functools.partial(scores_of, directions=solutions.value)
+        if top_k is None:
+            scores = batches.map_chunks(score, train, chunk_size).T
+        else:
+            num_queries = batches.count_examples(chunk, "queries")
+            scores = _top_scores(score, train, num_queries, top_k, chunk_size)
+        return scores, solutions._replace(value=None)
+
+    return batches.map_chunks(rows, queries, queries_at_once)
+
+
+def _many_solves(loss_fn, params, queries, train, solver, curvature, weights, chunk_size, key):
+    """Returns u -> H u, and `solve(matvec, chunk)`: gradients and solutions, one per example."""
+    _check_solver(solver)
+    params = _check_floating(params, "params")
+    if isinstance(train, Stream) or isinstance(queries, Stream):
+        raise TypeError("many systems are solved together, over arrays: a stream will not do")
+    batches.count_examples(train, "train")
+    _check_values(loss_fn, params, {"queries": queries, "train": train})
+    curvature = curvatures.hessian(loss_fn) if curvature is None else curvature
+    over_train = {"weights": weights}
+    matvec = curvatures.product(curvature, params, train, chunk_size=chunk_size, **over_train)
+    params = trees.at_least_float32(params)
+
+    def sample(sample_key, batch_size):
+        return curvatures.minibatch_product(
+            curvature, params, train, sample_key, batch_size=batch_size, **over_train
+        )
+
+    def gradient(example):
+        one = jax.tree.map(lambda x: x[None], example)
+        return jax.grad(lambda p: batches.losses_per_example(loss_fn, p, one)[0])(params)
+
+    def solve(matvec, chunk):
+        gradients = jax.vmap(gradient)(jax.tree.map(jnp.asarray, chunk))
+        return gradients, jax.vmap(lambda v: solver(matvec, v, sample=sample, key=key))(gradients)
+
+    return matvec, solve
+
+
+def _top_scores(score, train, num_queries, top_k, chunk_size):
+    """Returns the `TopScores` of `score(chunk) -> [examples, queries]`, chunk by chunk."""
+    num_train = batches.count_examples(train, "train")
+    num_chunks, take = batches.chunks(
+        (train, jnp.arange(num_train)), chunk_size, jnp.ones(num_train)
+    )
+
+    def best(scores, index):  # of [queries, candidates], the largest
+        values, places = lax.top_k(scores, top_k)
+        return values, jnp.take_along_axis(index, places, axis=1)
+
+    def merge(kept, chunk_index):
+        (chunk, index), real = take(chunk_index)
+        scores, index = score(chunk).T, jnp.broadcast_to(index, (num_queries, len(index)))
+        found = []
+        for sign, (values, places) in zip((1, -1), kept, strict=True):
+            # Copies that fill up the last chunk must not be found twice.
+            candidates = jnp.where(real > 0, sign * scores, -jnp.inf)
+            candidates = jnp.concatenate([values, candidates], axis=1)
+            found.append(best(candidates, jnp.concatenate([places, index], axis=1)))
+        return tuple(found), None
+
+    dtype = jax.eval_shape(score, jax.eval_shape(take, 0)[0][0]).dtype
+    none = jnp.full((num_queries, top_k), -jnp.inf, dtype), jnp.zeros((num_queries, top_k), int)
+    kept = lax.scan(merge, (none, none), jnp.arange(num_chunks))[0]
+    (harmful_scores, harmful), (negated, helpful) = kept
+    harmful, helpful = harmful.astype(jnp.int32), helpful.astype(jnp.int32)
+    return TopScores(harmful_scores, harmful, -negated, helpful)
+
+
+class DampingChoice(NamedTuple):
+    """A damping, and what it was chosen by; all arrays are over the candidates, `[D]`.
+
+    Attributes:
+      damping: the candidate with the lowest `objective`, shape ().
+      candidates: dampings tried, rising.
+      objective: the mean of s^T H s / 2 - v^T s over the two halves held out; inf where a solve
+        failed.
+      spread: half the difference between the two halves.
+    """
+
+    damping: jax.Array
+    candidates: jax.Array
+    objective: jax.Array
+    spread: jax.Array
+
+
+def choose_damping(
+    loss_fn: LossFn,
+    params: Params,
+    group: Batch,
+    train: Batch,
+    *,
+    candidates: jax.Array,
+    curvature: Curvature | None = None,
+    chunk_size: int | None = None,
+    tolerance: float = 1e-4,
+    max_steps: int = 1000,
+) -> DampingChoice:
+    """Returns the damping with which s, found on half of the data, fits the other half best.
+
+    H^-1 v minimizes s^T H s / 2 - v^T s. For each candidate, s solves the damped system of every
+    other example of `group` and `train`, and this objective is measured with H and v of the rest;
+    then the halves change places. Too small a damping fits the noise of one half, too large a one
+    ignores H. It is cross-validation of a ridge, not of retraining: where you can, check the choice
+    by leaving a few examples out.
+
+    Args:
+      loss_fn: as for `group_ihvp`.
+      params: as for `group_ihvp`.
+      group: as for `group_ihvp`; at least 2 examples, in no particular order.
+      train: as for `group_ihvp`; at least 2 examples, in no particular order.
+      candidates: dampings `[D]`, positive: such as `jnp.geomspace(1e-4, 1, 9)` times the largest
+        eigenvalue of H that `solvers.spectrum` finds.
+      curvature: as for `group_ihvp`, positive semi-definite. With an indefinite one the objective
+        has no minimum; candidates for which a solve fails are never chosen.
+      chunk_size: as for `group_ihvp`.
+      tolerance: of `solvers.cg`.
+      max_steps: of `solvers.cg`.
+
+    Raises:
+      ValueError: for candidates that are not positive numbers `[D]`, fewer than 2 examples, or,
+        outside `jit`, if no candidate's systems could be solved.
+    """
+    candidates = jnp.sort(jnp.asarray(candidates, float))
+    if candidates.ndim != 1 or not candidates.size:
+        raise ValueError(f"candidates must be dampings [D], got shape {candidates.shape}")
+    if not programs.is_traced(candidates):
+        for candidate in candidates.tolist():
+            check_positive(candidates=candidate)
+    for name, batch in (("group", group), ("train", train)):
+        if batches.count_examples(batch, name) < 2:
+            raise ValueError(f"{name} must have at least 2 examples, to be cut in halves")
+    curvature = curvatures.hessian(loss_fn) if curvature is None else curvature
+
+    def half(start):
+        parts = jax.tree.map(lambda x: x[start::2], (group, train))
+        v = group_gradient(loss_fn, params, parts[0], chunk_size=chunk_size)
+        return curvatures.product(curvature, params, parts[1], chunk_size=chunk_size), v
+
+    halves = half(0), half(1)
+
+    def measure(damping):
+        solver = solvers.cg(damping=damping, tolerance=tolerance, max_steps=max_steps)
+        found = []
+        for (matvec, v), (held_matvec, held_v) in (halves, halves[::-1]):
+            s = solver(matvec, v)
+            value = trees.dot(s.value, held_matvec(s.value)) / 2 - trees.dot(held_v, s.value)
+            found.append(jnp.where(s.converged, value, jnp.inf))
+        return jnp.stack(found)
+
+    objectives = lax.map(measure, candidates)
+    mean = jnp.mean(objectives, axis=1)
+    if not programs.is_traced(mean) and not bool(jnp.isfinite(mean).any()):
+        raise ValueError(
+            "no candidate is a damping whose systems conjugate gradients can solve: choose larger "
+            "ones, above minus the smallest eigenvalue that solvers.spectrum finds"
+        )
+    # Where both failed, inf - inf would be NaN.
+    low, high = jnp.min(objectives, axis=1), jnp.max(objectives, axis=1)
+    spread = jnp.where(jnp.isfinite(mean), (high - jnp.where(jnp.isfinite(mean), low, 0)) / 2, high)
+    return DampingChoice(candidates[jnp.argmin(mean)], candidates, mean, spread)
+
+
 def pixel_influence(
     loss_fn: LossFn,
     params: Params,

@@ -135,7 +135,8 @@ def test_identity_returns_the_right_hand_side_and_claims_no_residual():
     _, matvec, rhs, _ = quadratic(np.linspace(0, 4, 9))
     solution = solvers.identity()(matvec, rhs)
     np.testing.assert_array_equal(ravel(solution.value), ravel(rhs))
-    assert np.isnan(solution.residual) and solution.converged and solution.num_steps == 0
+    assert solution.residual == solution.top_eigenvalue == -1  # not measured
+    assert solution.converged and solution.num_steps == 0
 
 
 def authors_recursion(matrix, v, damp, scale, num_steps):
@@ -184,8 +185,9 @@ def test_lissa_with_mini_batches_finds_its_scale_and_comes_near():
         )
         for n in (1, 20)
     )
-    assert one.converged and relative_error(ravel(one.value), want) < 0.15
-    assert many.converged and relative_error(ravel(many.value), want) < 0.03
+    assert one.usable and not one.converged and one.status == solvers.Status.NOISY
+    assert relative_error(ravel(one.value), want) < 0.15
+    assert many.usable and relative_error(ravel(many.value), want) < 0.03
     largest = np.linalg.eigvalsh(problems.dense(problems.softmax_head).hessian)[-1]
     assert one.top_eigenvalue >= largest  # of mini-batches: at least that of their mean
 

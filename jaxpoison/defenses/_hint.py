@@ -237,7 +237,7 @@ def hint(
         key = jax.random.fold_in(state.key, epoch)
         solution = lap("solve", solve(head, group, train, key))
         if config.solver != "identity":
-            solvers.require_converged(solution, f"HINT's solve before epoch {epoch}")
+            solvers.require_usable(solution, f"HINT's solve before epoch {epoch}")
         if first and (config.ratio < 1 or config.mass is not None):
             chosen = lap("scores", choose(state.key, head, solution.value, train))
             state = state._replace(chosen=chosen)

@@ -79,8 +79,10 @@ def _run(config, damped, rhs, loop):
     def unfinished(state):
         return (norm(state.r) > target) & (state.step < config.max_steps) & state.definite
 
+    advance = loop.compiled(functools.partial(_advance, config))
+
     def step(state):
-        return _advance(config, state, damped(state.p))
+        return advance(state, damped(state.p))
 
     def report(state):
         return state.step, norm(state.r) / size
@@ -96,7 +98,7 @@ def _run(config, damped, rhs, loop):
         status=jnp.full_like(target, int(Status.OUT_OF_STEPS), jnp.int32),
         top=jnp.full_like(target, NOT_MEASURED),
     )
-    end = loop.while_loop(unfinished, loop.with_products(step), start, report)
+    end = loop.while_loop(unfinished, step, start, report)
     met = end.definite & (norm(end.r) <= target)
     return end.x, (end.step, jnp.where(met, int(Status.CONVERGED), end.status), end.top)
 

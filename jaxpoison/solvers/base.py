@@ -300,6 +300,7 @@ def solve_and_measure(
     rhs = at_least_float32(_check_not_empty(rhs))
     loop = choose_loop(functools.partial(run, damped), rhs, matvec, progress)
     if loop.from_host:
+        damped = loop.with_products(damped)
         value, (num_steps, status, top) = run(damped, rhs, loop)
     else:
         rhs = device_local(rhs, jax.eval_shape(damped, rhs))
