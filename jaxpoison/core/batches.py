@@ -184,6 +184,11 @@ def count_examples(batch: Batch, name: str) -> int:
       ValueError: if there is no array, no example, or no common leading axis.
       TypeError: for leaves that are no arrays.
     """
+    if isinstance(batch, Iterator):
+        raise TypeError(
+            f"{name} is an iterator, which can be read once only: pass influence.Stream(batches), "
+            "with a list, a loader or a function that returns a new iterator"
+        )
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:
         raise ValueError(f"{name} holds no arrays")

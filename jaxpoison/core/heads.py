@@ -20,8 +20,9 @@ def check_head(head: Any, features: Any) -> None:
     if not isinstance(head, Mapping) or not {"kernel"} <= set(head) <= {"kernel", "bias"}:
         found = f"keys {listing(map(repr, head))}" if isinstance(head, Mapping) else f"{type(head)}"
         raise ValueError(f"{expected}, as flax.linen.Dense has, got {found}")
-    kernel, bias = jnp.shape(head["kernel"]), jnp.shape(head.get("bias"))
-    if len(kernel) != 2 or (head.get("bias") is not None and bias != kernel[1:]):
+    kernel = jnp.shape(head["kernel"])
+    bias = kernel[1:] if head.get("bias") is None else jnp.shape(head["bias"])
+    if len(kernel) != 2 or bias != kernel[1:]:
         raise ValueError(f"{expected}, got kernel {kernel} and bias {bias}")
     if kernel[1] < 2:
         raise ValueError(
