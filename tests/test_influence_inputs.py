@@ -198,9 +198,7 @@ def regression(num_examples=40, seed=0):
 @pytest.mark.parametrize("mixed", [broadcasting_loss, normalizing_loss])
 def test_losses_in_which_examples_mix_are_found(mixed):
     w, data = jnp.ones((4, 1)), regression()
-    gauss_newton = curvature.gauss_newton(
-        lambda w, x: x @ w, lambda f, y: ((f - y) ** 2).mean(-1)
-    )
+    gauss_newton = curvature.gauss_newton(lambda w, x: x @ w, lambda f, y: ((f - y) ** 2).mean(-1))
 
     def right(w, batch):
         return ((batch[0] @ w)[:, 0] - batch[1]) ** 2
@@ -240,7 +238,10 @@ def test_nan_is_said_to_be_nan_and_where():
     endless = train[0].at[5, 0].set(jnp.inf), train[1]
     ihvp = functools.partial(influence.group_ihvp, problem.loss_fn, solver=CG)
     for call, message in (
-        (lambda: ihvp(params, group, broken), r"train\[0\] must be finite, got nan at index \(17, "),
+        (
+            lambda: ihvp(params, group, broken),
+            r"train\[0\] must be finite, got nan at index \(17, ",
+        ),
         (lambda: ihvp(params, broken, train), r"group\[0\] must be finite, got nan"),
         (lambda: ihvp(lost, group, train), r"params\['kernel'\] .* got nan at index \(2, 1\)"),
         (lambda: ihvp(params, group, endless), r"train\[0\] must be finite, got inf"),
@@ -306,9 +307,7 @@ def test_near_kind_arguments_are_answered_in_words():
             ihvp(*data, solver=CG, curvature=kind)
     for empty in ({}, {"kernel": jnp.zeros((0, 3))}):
         with pytest.raises(ValueError, match="parameters hold no numbers"):
-            influence.group_ihvp(
-                lambda p, b: jnp.sum(b[0], axis=1), empty, *data[1:], solver=CG
-            )
+            influence.group_ihvp(lambda p, b: jnp.sum(b[0], axis=1), empty, *data[1:], solver=CG)
     lists = np.ones((300, 6)).tolist(), [0] * 300
     with pytest.raises(ValueError, match="nested lists into arrays") as error:
         ihvp(problem.params, lists, lists, solver=CG)

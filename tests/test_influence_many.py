@@ -122,9 +122,7 @@ def test_streams_refuse_what_they_cannot_do():
             HEAD.params
         )
     with pytest.raises(ValueError, match="only the host can read"):
-        influence.group_ihvp(
-            *DATA, HEAD.group, stream, solver=solvers.cholesky(damping=1.0)
-        )
+        influence.group_ihvp(*DATA, HEAD.group, stream, solver=solvers.cholesky(damping=1.0))
     with pytest.raises(ValueError, match="drawn from arrays, not from a stream"):
         influence.group_ihvp(
             *DATA, HEAD.group, stream, solver=solvers.lissa(damping=1.0), key=jax.random.key(0)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxpoison.core.checks import check_count, check_positive, number
 from jaxpoison.core.trees import LinearMap, Params, add_scaled, dot, norm
-from jaxpoison.solvers.base import NOT_MEASURED, Solver, Status, solve_and_measure
+from jaxpoison.solvers.base import NOT_MEASURED, Solver, Status, rounding, solve_and_measure
 
 NOISE = 100.0  # times epsilon ||H||: a p^T H p / p^T p no further below zero may be rounding
 
@@ -36,7 +36,8 @@ def cg(
     Args:
       damping: added to the diagonal, in the units of H; positive.
       tolerance: on the relative residual. `converged` also asks that the recomputed residual is at
-        most ten times that, or ten times machine epsilon: the rest is rounding.
+        most twice that plus 100 times machine epsilon. Where rounding keeps it above, up to
+        sqrt(machine epsilon), the answer is usable, with the status NOISY.
       max_steps: at most this many products with H.
       preconditioner: r -> M r with M symmetric positive definite, near (H + damping I)^-1.
     """
@@ -135,6 +136,8 @@ def _precondition(config, r):
 
 def _judge(tolerance, residual, status):
     """Takes back a claim of convergence that the recomputed residual does not bear out."""
-    limit = 10 * jnp.maximum(tolerance, jnp.finfo(residual.dtype).eps)
-    claimed = status == int(Status.CONVERGED)
-    return jnp.where(claimed & ~(residual <= limit), int(Status.ROUNDING), status)
+    limit = 2 * tolerance + 100 * jnp.finfo(residual.dtype).eps
+    usable = jnp.maximum(limit, rounding(residual))
+    honest = jnp.where(residual <= usable, int(Status.NOISY), int(Status.ROUNDING))
+    honest = jnp.where(residual <= limit, int(Status.CONVERGED), honest)
+    return jnp.where(status == int(Status.CONVERGED), honest, status)

@@ -25,8 +25,9 @@ NOT_MEASURED = -1.0  # neither residuals nor largest |eigenvalues| can be negati
 class Status(enum.IntEnum):
     """How a solve ended; `Solution.describe` puts it into words.
 
-    CONVERGED: the residual is within the tolerance asked for. NOISY: it is not, but at most 0.5,
-    by a method (LiSSA, Nystrom) that has such errors: of use where a rank order is enough. The
+    CONVERGED: the residual is within the tolerance asked for. NOISY: it is not, but the answer is
+    of use where a rank order is enough: at most 0.5, by a method that has such errors (LiSSA,
+    Nystrom), or at most sqrt(machine epsilon), where rounding stopped conjugate gradients. The
     others are failures: OUT_OF_STEPS; INDEFINITE, H + damping I is not positive definite; ROUNDING,
     the precision does not allow a better residual; DIVERGED; PRODUCT_NOT_FINITE and RHS_NOT_FINITE,
     H u or v holds NaN or infinities, or overflows.
@@ -151,7 +152,7 @@ def require_converged(solution: Solution, what: str = "the solution") -> Solutio
 def require_usable(solution: Solution, what: str = "the solution") -> Solution:
     """Returns `solution` if all of it converged or is merely noisy; outside `jit`.
 
-    For LiSSA and Nystrom where a rank order of scores is enough. Arguments and errors as for
+    For where a rank order of scores is enough. Arguments and errors as for
     `require_converged`.
     """
     return _require(solution, solution.usable, what, "is not usable")
@@ -179,7 +180,8 @@ def _advice(status: Status, condition: float, dtype: Any) -> str:
         Status.NOISY: (
             "It is usable but noisy, and did not converge to the tolerance asked for. For lissa "
             "raise num_steps (several times scale / damping), batch_size or num_repeats; for "
-            "nystrom raise rank; or use cg."
+            "nystrom raise rank; or use cg. For cg rounding is the limit: raise damping or "
+            "tolerance, or use more precise products."
         ),
         Status.OUT_OF_STEPS: (
             "It ran out of steps. Raise the number of steps (max_steps, num_steps, rank) or "
