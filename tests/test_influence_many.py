@@ -79,7 +79,8 @@ def test_top_scores_never_hold_the_matrix():
 
 def batches_of(data, size):
     num_examples = len(data[1])
-    return [jax.tree.map(lambda x: x[i : i + size], data) for i in range(0, num_examples, size)]
+    starts = range(0, num_examples, size)
+    return [jax.tree.map(lambda x, i=i: x[i : i + size], data) for i in starts]
 
 
 def test_streams_give_what_arrays_give():

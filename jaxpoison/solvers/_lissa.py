@@ -112,10 +112,16 @@ class _Lissa:
             if self.batch_size is not None or self.scale is None:
                 raise ValueError("lissa is random: pass a PRNG key, as in key=jax.random.key(0)")
             key = jax.random.key(0)  # full batch at a given scale: nothing is drawn
-        draw = None if self.batch_size is None else lambda key: sample(key, self.batch_size)
+        draw = None
+        if sample is not None and self.batch_size is not None:
+            draw = functools.partial(_draw, sample, self.batch_size)
         run = functools.partial(_run, self, matvec, draw, key)
         judge = functools.partial(judge_noisy, self.tolerance)
         return solve_and_measure(matvec, rhs, self.damping, run, judge, progress=progress)
+
+
+def _draw(sample, batch_size, key):
+    return sample(key, batch_size)
 
 
 def _run(config, matvec, draw, key, damped, v, loop):
