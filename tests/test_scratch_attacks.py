@@ -10,14 +10,21 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxpoison import attacks, evaluation, models, training
-from jaxpoison.attacks._deep_confuse import compiled, confusion, unet_for
+from jaxpoison.attacks._deep_confuse import (
+    Plan,
+    compiled,
+    confusion,
+    start_classifier,
+    unet_for,
+)
 from jaxpoison.attacks._gradient_matching import mismatch
-from jaxpoison.attacks._metapoison import RGB_FROM_YUV, margin, recolour, roughness, unrolled_loss
+from jaxpoison.attacks._metapoison import RGB_FROM_YUV, margin, recolor, roughness, unrolled_loss
 from jaxpoison.attacks.descent import normal_start, projection
 from jaxpoison.core import devices
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import Defense
 from jaxpoison.models import unet
+from jaxpoison.network import as_network
 from jaxpoison.training._fit import epoch_order
 from jaxpoison.training.hooks import Info, with_ids
 
@@ -53,7 +60,7 @@ def one_device(monkeypatch):
 @functools.cache
 def real(part="train"):
     """8x8 crops of real images of four classes."""
-    images, labels = getattr(load_embedded("cifar10"), part)
+    images, labels, _ = getattr(load_embedded("cifar10"), part)
     rows = np.flatnonzero(labels < NUM_CLASSES)[:96]
     return Dataset(images[rows, 12:20, 12:20], labels[rows])
 
@@ -264,10 +271,10 @@ def test_matching_under_augmentation_on_all_devices(monkeypatch):
     ("settings", "message"),
     [
         ({"epsilon": 8.0}, "epsilon is in units"),
-        ({"num_steps": 0}, "num_steps must be above 0"),
+        ({"num_steps": 0}, "num_steps must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
-        ({"restarts": 0}, "restarts must be above 0"),
-        ({"batch_size": 0}, "batch_size must be above 0"),
+        ({"restarts": 0}, "restarts must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"max_shift": -1.0}, "max_shift must be at least 0"),
     ],
 )
@@ -350,7 +357,7 @@ def test_the_unrolled_gradient_is_the_slope_of_literal_retraining(num_steps):
         assert_slope_is_a_difference_quotient(retrained, poisons, gradient, rng)
 
 
-def test_the_margin_is_negative_where_the_target_is_taken_for_the_base_class():
+def test_the_margin_is_negative_where_the_target_is_classified_as_the_base_class():
     logits = jnp.array([[1.0, 3.0, 2.0], [1.0, -1.0, 2.5], [-500.0, 0.0, -400.0]])
     np.testing.assert_allclose(margin(logits, jnp.int32(1)), [-1.0, 3.5, -100.0])
 
@@ -367,8 +374,8 @@ def test_metapoison_works_within_the_budget_and_follows_its_key():
     assert np.mean(other.images != alone.images) > 0.02
 
 
-def test_metapoison_with_colours_stays_within_the_sum_of_both_budgets():
-    config = dataclasses.replace(META, num_steps=2, surrogates=1, colour=0.04, colour_points=4)
+def test_metapoison_with_colors_stays_within_the_sum_of_both_budgets():
+    config = dataclasses.replace(META, num_steps=2, surrogates=1, color=0.04, color_points=4)
     attack = attacks.metapoison(real(), epsilon=0.02, config=config)
     assert 0.02 + 0.12 < attack.epsilon < 0.02 + 0.13
     sets = attacks.poison(jax.random.key(1), real(), one_trial(0), attack, [network()])
@@ -377,20 +384,20 @@ def test_metapoison_with_colours_stays_within_the_sum_of_both_budgets():
     assert np.abs(change).max() > 255 * 0.02 + 1  # beyond what the pixels' own budget allows
 
 
-def test_a_map_of_colours_moves_what_it_says():
+def test_a_map_of_colors_moves_what_it_says():
     image = unit(real().images[0])
-    np.testing.assert_array_equal(recolour(image, jnp.zeros((5, 5, 5, 3))), image)
-    shifted = recolour(image, jnp.zeros((5, 5, 5, 3)).at[..., 0].set(0.03))
+    np.testing.assert_array_equal(recolor(image, jnp.zeros((5, 5, 5, 3))), image)
+    shifted = recolor(image, jnp.zeros((5, 5, 5, 3)).at[..., 0].set(0.03))
     np.testing.assert_allclose(shifted, image + 0.03, atol=1e-6)  # brightness alone
-    red = recolour(image, jnp.zeros((5, 5, 5, 3)).at[..., 2].set(0.03)) - image
+    red = recolor(image, jnp.zeros((5, 5, 5, 3)).at[..., 2].set(0.03)) - image
     np.testing.assert_allclose(
         red, jnp.broadcast_to(0.03 * jnp.array([1.13983, -0.5806, 0.0]), red.shape), atol=1e-6
     )
-    # What is linear in the colour, interpolation keeps: a tenth of the brightness.
+    # What is linear in the color, interpolation keeps: a tenth of the brightness.
     brightness = jnp.linspace(0, 0.1, 5)[:, None, None]
     slope = jnp.zeros((5, 5, 5, 3)).at[..., 0].set(jnp.broadcast_to(brightness, (5, 5, 5)))
     luma = image @ jnp.linalg.inv(jnp.asarray(RGB_FROM_YUV))[0]
-    np.testing.assert_allclose(recolour(image, slope), image + 0.1 * luma[..., None], atol=1e-5)
+    np.testing.assert_allclose(recolor(image, slope), image + 0.1 * luma[..., None], atol=1e-5)
     assert roughness(jnp.full((2, 5, 5, 5, 3), 0.3)) == 0
     np.testing.assert_allclose(roughness(slope), 25 * 4 * 0.025**2, rtol=1e-5)
 
@@ -398,11 +405,11 @@ def test_a_map_of_colours_moves_what_it_says():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"unroll": 0}, "unroll must be above 0"),
-        ({"num_steps": 0}, "num_steps must be above 0"),
-        ({"surrogates": 0}, "surrogates must be above 0"),
-        ({"colour": -0.1}, "colour must be at least 0"),
-        ({"colour": 0.1, "colour_points": 1}, "colour_points must be at least 2"),
+        ({"unroll": 0}, "unroll must be at least 1"),
+        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"surrogates": 0}, "surrogates must be at least 1"),
+        ({"color": -0.1}, "color must be at least 0"),
+        ({"color": 0.1, "color_points": 1}, "color_points must be at least 2"),
         ({"poisons_per_batch": 16}, "room for clean images"),
         ({"batch_size": 97}, "not be larger than the 96"),
     ],
@@ -417,7 +424,7 @@ def test_metapoison_that_does_not_fit_the_data():
         meta(one_trial(0), batch_size=96)
     grey = Dataset(real().images[..., :1], real().labels)
     with pytest.raises(ValueError, match="three channels"):
-        attacks.metapoison(grey, epsilon=0.1, config=dataclasses.replace(META, colour=0.04))
+        attacks.metapoison(grey, epsilon=0.1, config=dataclasses.replace(META, color=0.04))
     with pytest.raises(ValueError, match="epsilon is in units"):
         attacks.metapoison(real(), epsilon=8)
 
@@ -469,7 +476,8 @@ def test_the_generators_gradient_is_the_slope_of_the_loss_after_a_literal_step()
 
 
 def test_the_replay_walks_the_trajectory_of_training_on_the_old_generators_images():
-    run = compiled(MODEL, (8, 8, 3), devices.data_mesh(), EPSILON, CONFUSE)
+    plan = Plan(as_network(MODEL), (8, 8, 3), devices.data_mesh(), EPSILON, CONFUSE)
+    run = compiled(plan)
     key = jax.random.key(5)
     clean = Dataset(unit(real().images), jnp.asarray(real().labels))
     old = run.generator(key, clean.images[:1])
@@ -477,7 +485,7 @@ def test_the_replay_walks_the_trajectory_of_training_on_the_old_generators_image
     order = jnp.concatenate([epoch_order(key, number, 96, 16) for number in range(3)])
 
     def replay(learning):
-        generator, classifier, harm = old, run.classifier(key), []
+        generator, classifier, harm = old, start_classifier(plan, run.descent, key), []
         for rows in order:
             carry = jax.tree.map(jnp.array, generator), classifier
             (moved, classifier), values = run.learn((clean, poisoned, key), carry, rows[None])
@@ -488,7 +496,7 @@ def test_the_replay_walks_the_trajectory_of_training_on_the_old_generators_image
     generator, classifier, harm = replay(learning=True)
 
     # The same images, as any training set.
-    rule, state = optax.sgd(CONFUSE.classifier_rate), run.classifier(key)
+    rule, state = optax.sgd(CONFUSE.classifier_rate), start_classifier(plan, run.descent, key)
 
     @jax.jit
     def step(params, batch_stats, rows):
@@ -562,8 +570,9 @@ def test_the_u_net_has_as_many_sizes_as_halving_allows_and_keeps_corners():
 
 @pytest.mark.parametrize("name", ["trials", "passes", "batch_size", "width", "generator_rate"])
 def test_bad_settings_of_deep_confuse(name):
-    with pytest.raises(ValueError, match=f"{name} must be above 0"):
-        attacks.deep_confuse(epsilon=EPSILON, config=attacks.DeepConfuseConfig(**{name: 0}))
+    least = "above 0" if name == "generator_rate" else "at least 1"
+    with pytest.raises(ValueError, match=f"{name} must be {least}"):
+        attacks.DeepConfuseConfig(**{name: 0})
     with pytest.raises(ValueError, match="epsilon is in units"):
         attacks.deep_confuse(epsilon=0.0)
 

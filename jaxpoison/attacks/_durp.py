@@ -3,19 +3,24 @@
 x' = project(x + rho_y),   one rho_y ~ U(-epsilon, epsilon) for each class y
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from jaxpoison.attacks.base import Attack, check_epsilon
+from jaxpoison.attacks.base import Attack, Settings, checked_images
 
 
 def durp(*, epsilon: float) -> Attack:
     """Returns class-wise random noise: one draw from U(-epsilon, epsilon) for each class."""
-    check_epsilon(epsilon)
+    settings = Settings(epsilon=epsilon)
+    return Attack("durp", settings.epsilon, functools.partial(_craft, settings), {})
 
-    def craft(key, victim, images, labels, progress=None):
-        shape = (victim.model.num_classes, *images.shape[1:])
-        noise = jax.random.uniform(key, shape, minval=-epsilon, maxval=epsilon)
-        return jnp.clip(images + noise[labels], 0.0, 1.0)
 
-    return Attack("durp", epsilon, craft, {})
+def _craft(settings, key, victim, images, labels, progress=None):
+    network, images, labels = checked_images(victim, images, labels)
+    assert network.num_classes is not None  # `network_of` has seen to it
+    shape = (network.num_classes, *images.shape[1:])
+    epsilon = settings.epsilon
+    noise = jax.random.uniform(key, shape, images.dtype, minval=-epsilon, maxval=epsilon)
+    return jnp.clip(images + noise[labels], 0.0, 1.0)

@@ -1,11 +1,11 @@
 """Gradient matching, "Witches' Brew" (Geiping et al., arXiv 2009.02276): a victim from scratch.
 
-    minimise  1 - <g_t, g> / (|g_t| |g|),    g_t = grad_theta CE(f(x^t), b),
+    minimize  1 - <g_t, g> / (|g_t| |g|),    g_t = grad_theta CE(f(x^t), b),
                                              g   = sum_j grad_theta CE(f(a(x_j)), b)
 
 over the poisons x_j of class b, for all parameters theta of a trained surrogate f in evaluation
-mode: a step that training takes for the poisons is one that takes the target for class b. a is the
-random translation and flip of training, drawn anew at every step and differentiated through.
+mode: a step that training takes for the poisons is one that moves the target to class b. a is the
+random translation and flip of training, drawn again at every step and differentiated through.
 
 The gradient by the pixels needs no gradient of a gradient. With u the derivative of the objective
 by g, held constant, it is grad_x of the directional derivative of the loss along u:
@@ -16,18 +16,46 @@ one forward-mode and one reverse pass over the poisons, which are independent of
 may come in batches.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpoison.attacks.base import Crafted, TargetedAttack, check_epsilon
-from jaxpoison.attacks.descent import check_positive, normal_start, projection, signed_adam
+from jaxpoison.attacks.base import (
+    Crafted,
+    Settings,
+    TargetedAttack,
+    Trial,
+    check_above_zero,
+    checked_trials,
+)
+from jaxpoison.attacks.descent import normal_start, projection, signed_adam
 from jaxpoison.core import devices, loops
+from jaxpoison.core.settings import check_range
 from jaxpoison.data import random_translate_flip
+from jaxpoison.network import Network, shared
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientMatching(Settings):
+    """Settings of `gradient_matching`, which are a static argument of what it compiles."""
+
+    num_steps: int
+    learning_rate: float
+    restarts: int
+    max_shift: float
+    flip: bool
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, "num_steps", 1, whole=True)
+        check_range(self, "restarts", 1, whole=True)
+        check_range(self, "max_shift", 0)
+        check_above_zero(self, "learning_rate")
 
 
 def gradient_matching(
@@ -50,7 +78,7 @@ def gradient_matching(
     Args:
       epsilon: budget, in units of [0, 1]; HINT's authors take 16/255.
       num_steps: S, of each start.
-      learning_rate: in units of the first substitute's normalised pixels, divided by the number of
+      learning_rate: in units of the first substitute's normalized pixels, divided by the number of
         substitutes.
       restarts: random starts, of which each trial keeps the one with the lowest last objective.
       max_shift: random translation in pixels, 0 for none.
@@ -58,56 +86,47 @@ def gradient_matching(
       batch_size: most poisons in one pass; less saves memory, and changes nothing else.
 
     Raises:
-      ValueError: for settings out of range.
+      TypeError, ValueError: for settings out of range.
     """
-    check_epsilon(epsilon)
-    check_positive(
-        num_steps=num_steps, learning_rate=learning_rate, restarts=restarts, batch_size=batch_size
-    )
-    if max_shift < 0:
-        raise ValueError(f"max_shift must be at least 0, not {max_shift}")
-    augment = _Augment(max_shift, flip) if max_shift or flip else None
-    compiled = functools.cache(
-        lambda models, mesh: _compiled(
-            models, mesh, epsilon, learning_rate, num_steps, augment, batch_size
-        )
+    settings = GradientMatching(
+        epsilon=epsilon, num_steps=num_steps, learning_rate=learning_rate, restarts=restarts,
+        max_shift=max_shift, flip=flip, batch_size=batch_size,
+    )  # fmt: skip
+    return TargetedAttack(
+        "gradient_matching",
+        settings.epsilon,
+        functools.partial(craft, settings),
+        settings.for_archives(),
     )
 
-    def craft(keys, substitutes, bases, base_labels, targets, progress=None):
-        mesh = devices.data_mesh()
-        models = tuple(substitute.model for substitute in substitutes)
-        begin, run = compiled(models, mesh)
-        variables = [substitute.variables for substitute in substitutes]
-        num_trials, num_poisons = bases.shape[:2]
-        images, objectives = [], []
-        for index in range(num_trials):
-            trial = _Trial(keys[index], bases[index], base_labels[index], targets[index])
-            placed = devices.replicate((variables, trial), mesh)
-            results = []
-            for restart in range(restarts):
-                constants, carry = begin(*placed, restart)
-                (poisons, _), values = run(constants, carry, jnp.arange(num_steps))
-                results.append((float(values[-1]), poisons, values))
-            # One that is not finite never wins over one that is.
-            _, poisons, values = min(
-                results, key=lambda result: (result[0] != result[0], result[0])
-            )
-            images.append(poisons)
-            objectives.append(values)
-            if progress is not None:
-                progress((index + 1) * num_poisons, num_trials * num_poisons)
-        gather = jax.devices()[0]
-        images, objectives = jax.device_put((images, objectives), gather)
-        return Crafted(jnp.stack(images), jnp.stack(objectives, axis=1))
 
-    settings = {
-        "num_steps": num_steps,
-        "learning_rate": learning_rate,
-        "restarts": restarts,
-        "max_shift": max_shift,
-        "flip": flip,
-    }
-    return TargetedAttack("gradient_matching", epsilon, craft, settings)
+def craft(
+    settings: GradientMatching, keys, substitutes, bases, base_labels, targets, progress=None
+) -> Crafted:
+    """Returns the poisons of T trials, one trial after another; see `TargetedCraftFn`."""
+    networks, trials = checked_trials(keys, substitutes, bases, base_labels, targets)
+    mesh = devices.data_mesh()
+    begin, run = shared(_compiled, settings, networks, mesh)
+    variables = [variables for _, variables in substitutes]
+    num_trials, num_poisons = trials.bases.shape[:2]
+    images, objectives = [], []
+    for index in range(num_trials):
+        trial = Trial(*(leaf[index] for leaf in trials))
+        placed = devices.replicate((variables, trial), mesh)
+        results = []
+        for restart in range(settings.restarts):
+            constants, carry = begin(*placed, restart)
+            (poisons, _), values = run(constants, carry, jnp.arange(settings.num_steps))
+            results.append((float(values[-1]), poisons, values))
+        # One that is not finite never wins over one that is.
+        _, poisons, values = min(results, key=lambda result: (result[0] != result[0], result[0]))
+        images.append(poisons)
+        objectives.append(values)
+        if progress is not None:
+            progress((index + 1) * num_poisons, num_trials * num_poisons)
+    gather = jax.devices()[0]
+    images, objectives = jax.device_put((images, objectives), gather)
+    return Crafted(jnp.stack(images), jnp.stack(objectives, axis=1))
 
 
 def mismatch(
@@ -152,80 +171,90 @@ def mismatch(
     return 1 - cosine, gradient
 
 
-class _Augment(NamedTuple):
-    """How poisons are moved at random."""
-
-    max_shift: float
-    flip: bool
-
-
-class _Trial(NamedTuple):
-    """What defines a trial."""
-
-    key: jax.Array
-    bases: jax.Array  # [P, H, W, C]
-    base_label: jax.Array  # []
-    targets: jax.Array  # [V, H, W, C]
-
-
-def _compiled(models, mesh, epsilon, learning_rate, num_steps, augment, batch_size):
+def _compiled(settings, networks, mesh):
     """Returns (begin, run) for one start of one trial; `run` is a compiled loop over steps."""
-    optimizer = signed_adam(learning_rate / len(models), num_steps)
+    return (
+        jax.jit(functools.partial(_begin, settings, networks)),
+        loops.scan(functools.partial(_step, settings, networks, mesh)),
+    )
 
-    def losses(model, variables, params, images, label):
-        logits = model.apply({**variables, "params": params}, images)
-        labels = jnp.full(len(images), label)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
-    @jax.jit
-    def begin(variables, trial, restart):
-        start_key, step_key = jax.random.split(jax.random.fold_in(trial.key, restart))
-        poisons = projection(trial.bases, epsilon)(normal_start(start_key, trial.bases, epsilon))
+def _optimizer(settings, networks):
+    return signed_adam(settings.learning_rate / len(networks), settings.num_steps)
 
-        def gradient(model, one):
-            def loss(params):
-                return jnp.mean(losses(model, one, params, trial.targets, trial.base_label))
 
-            return jax.grad(loss)(one["params"])
+def _begin(settings, networks, variables, trial, restart):
+    """Returns (constants, carry) of the loop over steps."""
+    start_key, step_key = jax.random.split(jax.random.fold_in(trial.key, restart))
+    start = normal_start(start_key, trial.bases, settings.epsilon)
+    poisons = projection(trial.bases, settings.epsilon)(start)
+    wanted = [
+        jax.grad(functools.partial(_target_loss, network, one, trial))(one["params"])
+        for network, one in zip(networks, variables, strict=True)
+    ]
+    constants = (variables, wanted, trial._replace(key=step_key))
+    return constants, (poisons, _optimizer(settings, networks).init(poisons))
 
-        wanted = [gradient(model, one) for model, one in zip(models, variables, strict=True)]
-        constants = (variables, wanted, trial._replace(key=step_key))
-        return constants, (poisons, optimizer.init(poisons))
 
-    def step(constants, carry, index):
-        variables, wanted, trial = constants
-        poisons, state = carry
-        num_poisons = len(poisons)
-        size, number = loops.even_batches(num_poisons, batch_size, mesh)
-        rows = jnp.minimum(jnp.arange(size * number), num_poisons - 1).reshape(number, size)
-        weights = (jnp.arange(size * number) < num_poisons).reshape(number, size)
-        step_key = jax.random.fold_in(trial.key, index)
+def _step(settings, networks, mesh, constants, carry, index):
+    """Returns (carry, objective) after a step of the poisons; a step of `loops.scan`."""
+    variables, wanted, trial = constants
+    poisons, state = carry
+    num_poisons = len(poisons)
+    size, number = loops.even_batches(num_poisons, settings.batch_size, mesh)
+    places = jnp.arange(size * number, dtype=jnp.int32)
+    rows = jnp.minimum(places, num_poisons - 1).reshape(number, size)
+    weights = (places < num_poisons).reshape(number, size)
+    trial = trial._replace(key=jax.random.fold_in(trial.key, index))
+    values, gradients = zip(
+        *(
+            mismatch(
+                functools.partial(_poison_loss, settings, network, mesh, one, trial),
+                one["params"], target, poisons[rows], (rows, weights),
+            )
+            for network, one, target in zip(networks, variables, wanted, strict=True)
+        ),
+        strict=True,
+    )  # fmt: skip
+    gradient = functools.reduce(jnp.add, gradients).reshape(-1, *poisons.shape[1:])
+    updates, state = _optimizer(settings, networks).update(gradient[:num_poisons], state)
+    # A step in normalized pixels is one in pixels times their standard deviation.
+    moved = poisons + jnp.asarray(networks[0].std, poisons.dtype) * jnp.asarray(updates)
+    poisons = projection(trial.bases, settings.epsilon)(moved)
+    return (poisons, state), jnp.mean(jnp.stack(values))
 
-        def loss(model, one, params, images, batch):
-            rows, weights = devices.constrain_examples(batch, mesh)
-            images = devices.constrain_examples(images, mesh)
-            if augment is not None:
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, rows)
-                images = random_translate_flip(
-                    keys, images, fill=jnp.asarray(model.mean), **augment._asdict()
-                )
-            return jnp.sum(weights * losses(model, one, params, images, trial.base_label))
 
-        values, gradients = zip(
-            *(
-                mismatch(
-                    functools.partial(loss, model, one), one["params"], target, poisons[rows],
-                    (rows, weights),
-                )
-                for model, one, target in zip(models, variables, wanted, strict=True)
-            ),
-            strict=True,
+def _target_loss(network, variables, trial, params):
+    """Returns the mean cross-entropy of the base label over the target's views, []."""
+    return jnp.mean(_losses(network, variables, params, trial.targets, trial.base_label))
+
+
+def _poison_loss(settings, network, mesh, variables, trial, params, images, batch):
+    """Returns the sum of the cross-entropy over a batch of poisons, [].
+
+    Args:
+      settings: of the attack.
+      network: a substitute.
+      mesh: devices over which the batch is spread.
+      variables: of the substitute.
+      trial: with the key of this step.
+      params: by which gradients are taken.
+      images: float32 [B, H, W, C], the poisons.
+      batch: their rows int32 [B], which the augmentation follows, and weights bool [B].
+    """
+    rows, weights = devices.constrain_examples(batch, mesh)
+    images = devices.constrain_examples(images, mesh)
+    if settings.max_shift or settings.flip:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(trial.key, rows)
+        images = random_translate_flip(
+            keys, images, max_shift=settings.max_shift, fill=jnp.asarray(network.mean),
+            flip=settings.flip,
         )  # fmt: skip
-        gradient = functools.reduce(jnp.add, gradients).reshape(-1, *poisons.shape[1:])
-        updates, state = optimizer.update(gradient[:num_poisons], state)
-        # A step in normalised pixels is one in pixels times their standard deviation.
-        moved = poisons + jnp.asarray(models[0].std) * jnp.asarray(updates)
-        poisons = projection(trial.bases, epsilon)(moved)
-        return (poisons, state), jnp.mean(jnp.stack(values))
+    return jnp.sum(weights * _losses(network, variables, params, images, trial.base_label))
 
-    return begin, loops.scan(step)
+
+def _losses(network: Network, variables, params, images, label) -> jax.Array:
+    """Returns the cross-entropy of one label for each image, [B]."""
+    logits = network.logits({**variables, "params": params}, images)
+    labels = jnp.full(len(images), label)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -8,12 +8,49 @@ PGD: Madry et al. 2018 (arXiv 1706.06083), used as training poison by Fowl et al
 clean data, in evaluation mode.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpoison.attacks.base import Attack, check_epsilon
+from jaxpoison.attacks.base import Attack, Settings, check_epsilon, checked_images
+from jaxpoison.attacks.descent import uniform_noise
 from jaxpoison.core import devices, loops
+from jaxpoison.core.settings import check_range
+from jaxpoison.network import shared
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Signed(Settings):
+    step: float
+    num_steps: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, "step", 0)
+        check_range(self, "num_steps", 1, whole=True)
+
+
+class _Pgd(_Signed):
+    sign = -1.0  # of the loss that is descended
+
+    def objective(self, labels, num_classes):
+        return labels
+
+    def start(self, key, images):
+        return jnp.clip(images + uniform_noise(key, images, self.epsilon), 0.0, 1.0)
+
+
+class _Dap(_Signed):
+    sign = 1.0
+
+    def objective(self, labels, num_classes):
+        return (labels + 1) % num_classes
+
+    def start(self, key, images):
+        return jnp.array(images)  # a copy: the loop donates its carry
 
 
 def pgd(
@@ -25,21 +62,18 @@ def pgd(
       epsilon: budget, in units of [0, 1].
       step: size of a step; default 2/255, or epsilon / 4 where that cannot cross the budget in
         `num_steps` (as on MNIST with epsilon = 0.3).
-      num_steps: gradient steps.
+      num_steps: gradient steps, at least 1.
       batch_size: most images crafted at once.
+
+    Raises:
+      TypeError, ValueError: for settings out of range.
     """
     check_epsilon(epsilon)
     if step is None:
         step = 2 / 255 if num_steps * 2 / 255 >= epsilon else epsilon / 4
-
-    def start(key, images):
-        noise = jax.random.uniform(key, images.shape, minval=-epsilon, maxval=epsilon)
-        return jnp.clip(images + noise, 0.0, 1.0)
-
-    craft = _signed_descent(
-        start, lambda labels, num_classes: (labels, -1.0), epsilon, step, num_steps, batch_size
+    return _attack(
+        "pgd", _Pgd(epsilon=epsilon, step=step, num_steps=num_steps, batch_size=batch_size)
     )
-    return Attack("pgd", epsilon, craft, {"step": step, "num_steps": num_steps})
 
 
 def dap(
@@ -50,56 +84,59 @@ def dap(
     Args:
       epsilon: budget, in units of [0, 1].
       step: size of a step; default epsilon / 5.
-      num_steps: gradient steps.
-      batch_size: images crafted at once.
+      num_steps: gradient steps, at least 1.
+      batch_size: most images crafted at once.
+
+    Raises:
+      TypeError, ValueError: for settings out of range.
     """
     check_epsilon(epsilon)
     step = epsilon / 5 if step is None else step
-    craft = _signed_descent(
-        lambda key, images: jnp.array(images),  # a copy: the loop donates its carry
-        lambda labels, num_classes: ((labels + 1) % num_classes, 1.0),
-        epsilon,
-        step,
-        num_steps,
-        batch_size,
+    return _attack(
+        "dap", _Dap(epsilon=epsilon, step=step, num_steps=num_steps, batch_size=batch_size)
     )
-    return Attack("dap", epsilon, craft, {"step": step, "num_steps": num_steps})
 
 
-def _signed_descent(start, objective, epsilon, step, num_steps, batch_size):
-    """Returns the `CraftFn` that descends sign * CE(f(x'), y'), with y', sign = objective(y, K)."""
+def _attack(name, settings):
+    craft = functools.partial(_craft, settings)
+    return Attack(name, settings.epsilon, craft, settings.for_archives())
 
-    def craft(key, victim, images, labels, progress=None):
-        mesh = devices.data_mesh()
-        targets, sign = objective(labels, victim.model.num_classes)
 
-        def move(constants, current, _):
-            variables, images, targets = constants
-            images, current = devices.constrain_examples((images, current), mesh)
+def _craft(settings, key, victim, images, labels, progress=None):
+    network, images, labels = checked_images(victim, images, labels)
+    mesh = devices.data_mesh()
+    descend = shared(_compiled, settings, network, mesh)
+    targets = settings.objective(labels, network.num_classes)
+    variables = devices.replicate(victim[1], mesh)
+    num_images = len(images)
+    size, _ = loops.even_batches(num_images, settings.batch_size, mesh)
+    crafted = []
+    for first in range(0, num_images, size):
+        rows = jnp.minimum(jnp.arange(first, first + size), num_images - 1)
+        begin = settings.start(jax.random.fold_in(key, first), images[rows])
+        batch, begin = devices.shard_examples(((images[rows], targets[rows]), begin), mesh)
+        done, _ = descend((variables, *batch), begin, jnp.arange(settings.num_steps))
+        crafted.append(done[: num_images - first])
+        if progress is not None:
+            jax.block_until_ready(done)
+            progress(min(first + size, num_images), num_images)
+    return jnp.concatenate(crafted)
 
-            def loss(x):
-                logits = victim.model.apply(variables, x)
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-                return sign * jnp.sum(losses)
 
-            moved = current - step * jnp.sign(jax.grad(loss)(current))
-            moved = jnp.clip(moved, images - epsilon, images + epsilon)
-            return jnp.clip(moved, 0.0, 1.0), ()
+def _compiled(settings, network, mesh):
+    return loops.scan(functools.partial(_move, settings, network, mesh))
 
-        descend = loops.scan(move)
-        variables = devices.replicate(victim.variables, mesh)
-        num_images = len(images)
-        size, _ = loops.even_batches(num_images, batch_size, mesh)
-        crafted = []
-        for first in range(0, num_images, size):
-            rows = jnp.minimum(jnp.arange(first, first + size), num_images - 1)
-            begin = start(jax.random.fold_in(key, first), images[rows])
-            batch, begin = devices.shard_examples(((images[rows], targets[rows]), begin), mesh)
-            done, _ = descend((variables, *batch), begin, jnp.arange(num_steps))
-            crafted.append(done[: num_images - first])
-            if progress is not None:
-                jax.block_until_ready(done)
-                progress(min(first + size, num_images), num_images)
-        return jnp.concatenate(crafted)
 
-    return craft
+def _move(settings, network, mesh, constants, current, _):
+    """Returns the images after one step; a step of `loops.scan`."""
+    variables, images, targets = constants
+    images, current = devices.constrain_examples((images, current), mesh)
+
+    def loss(x):
+        logits = network.logits(variables, x)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return settings.sign * jnp.sum(losses)
+
+    moved = current - settings.step * jnp.sign(jax.grad(loss)(current))
+    moved = jnp.clip(moved, images - settings.epsilon, images + settings.epsilon)
+    return jnp.clip(moved, 0.0, 1.0), ()

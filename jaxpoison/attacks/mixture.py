@@ -8,9 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpoison.attacks.archive import PoisonedDataset
-from jaxpoison.attacks.base import Attack, Progress, Victim
+from jaxpoison.attacks.base import (
+    Attack,
+    Progress,
+    TargetedAttack,
+    Victim,
+    check_attack,
+    check_key,
+    network_of,
+)
 from jaxpoison.core import devices
-from jaxpoison.data import Dataset, check, to_float
+from jaxpoison.core.settings import plain
+from jaxpoison.data import Dataset, as_dataset, check, to_float
+from jaxpoison.data.labels import check_range
 
 
 def mixture(
@@ -29,20 +39,23 @@ def mixture(
 
     Args:
       key: PRNG key; the choice of examples and the attacks' noise follow from it.
-      clean: N examples.
-      poison_ratio: p in [0, 1]; round(p N) examples are poisoned.
-      attacks: at least one if p > 0.
+      clean: N examples, as `data.as_dataset` takes them.
+      poison_ratio: p in [0, 1]; round(p N) examples are poisoned, at least one for each attack
+        unless p is 0.
+      attacks: at least one if p > 0, at most 127.
       victim: network trained on clean data, against which the attacks are crafted.
       progress: called as `progress(attack name, images done, images in all)`.
 
     Raises:
-      ValueError: for p outside [0, 1], no attacks, or bad images or labels.
+      TypeError: for arguments of another kind. ValueError: for p outside [0, 1], or above 0 where
+        an attack would get no example, no attacks, or bad images or labels.
     """
-    check(clean, victim.model.num_classes)
-    if not 0 <= poison_ratio <= 1:
-        raise ValueError(f"the poison ratio p must be in [0, 1], not {poison_ratio}")
-    if poison_ratio > 0 and not attacks:
-        raise ValueError("a poison ratio above 0 needs at least one attack")
+    check_key(key)
+    clean = as_dataset(clean)
+    check(clean)
+    network = network_of(victim, clean.images.shape[1:])
+    check_range(np.asarray(clean.labels), network.num_classes, "training set")
+    poison_ratio = _checked_ratio(poison_ratio, len(clean.labels), _checked_attacks(attacks))
     choice_key, *craft_keys = jax.random.split(key, 1 + len(attacks))
     attack_id = _assign(choice_key, np.asarray(clean.labels), poison_ratio, len(attacks))
     images = np.array(to_float(clean.images))
@@ -54,7 +67,7 @@ def mixture(
                     craft_key,
                     victim,
                     jnp.asarray(images[rows]),
-                    jnp.asarray(clean.labels[rows]),
+                    jnp.asarray(np.asarray(clean.labels)[rows]),
                     None if progress is None else _named(progress, attack.name),
                 )
             )
@@ -65,7 +78,39 @@ def mixture(
             for attack in attacks
         ],
     }
-    return PoisonedDataset(images, np.asarray(clean.labels, np.int32), attack_id, config)
+    return PoisonedDataset(images, np.asarray(clean.labels), attack_id, config)
+
+
+def _checked_attacks(attacks):
+    """Returns how many attacks there are, if they are some."""
+    if isinstance(attacks, Attack | TargetedAttack) or not isinstance(attacks, Sequence):
+        check_attack(attacks, Attack, "attacks")
+        raise TypeError("attacks is a single Attack; give a list of them")
+    for number, attack in enumerate(attacks):
+        check_attack(attack, Attack, f"attacks[{number}]")
+    if len(attacks) > np.iinfo(np.int8).max:
+        raise ValueError(f"{len(attacks)} attacks; at most 127 can be told apart")
+    return len(attacks)
+
+
+def _checked_ratio(poison_ratio, num_examples, num_attacks):
+    """Returns p as a Python number, if each attack gets an example or p is 0."""
+    poison_ratio = plain(poison_ratio)
+    if not isinstance(poison_ratio, int | float) or not 0 <= poison_ratio <= 1:
+        raise ValueError(f"the poison ratio p must be in [0, 1], not {poison_ratio!r}")
+    if poison_ratio == 0:
+        return poison_ratio
+    if not num_attacks:
+        raise ValueError("a poison ratio above 0 needs at least one attack")
+    num_poisoned = round(poison_ratio * num_examples)
+    if num_poisoned < num_attacks:
+        raise ValueError(
+            f"the poison ratio p = {poison_ratio:g} of {num_examples} examples poisons "
+            f"{num_poisoned}, which leaves {num_attacks - num_poisoned} of {num_attacks} attacks "
+            f"without an example: raise p to {num_attacks / num_examples:g} or more, or to poison "
+            "nothing set p = 0"
+        )
+    return poison_ratio
 
 
 def _assign(key, labels, poison_ratio, num_attacks):

@@ -1,13 +1,14 @@
-"""Targeted attacks with clean labels: poisons of one class that have a target taken for it.
+"""Targeted attacks with clean labels: poisons of one class that make a victim misclassify a target.
 
-A trial is one target x^t, the class b that it is to be taken for, and P examples of class b that
-become poisons: |x_j - x_j^b| <= epsilon for each pixel, in [0, 1], labels unchanged. Trials are
-drawn before anything is crafted, are crafted many at once, and end as one `PoisonedDataset` each,
-already in 8-bit pixels: what is judged is what an archive or an image file holds.
+A trial is one target x^t, the class b that it should be misclassified as, and P examples of class b
+that become poisons: |x_j - x_j^b| <= epsilon for each pixel, in [0, 1], labels unchanged. Trials
+are drawn before anything is crafted, are crafted many at once, and end as one `PoisonedDataset`
+each, already in 8-bit pixels: what is judged is what an archive or an image file holds.
 """
 
+import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,27 +16,19 @@ import numpy as np
 
 from jaxpoison import solvers
 from jaxpoison.attacks.archive import PoisonedDataset, Target
-from jaxpoison.attacks.base import Progress, TargetedAttack, Victim
-from jaxpoison.data import Dataset, check
+from jaxpoison.attacks.base import (
+    Progress,
+    TargetedAttack,
+    Trials,
+    Victim,
+    check_attack,
+    check_key,
+    networks_of,
+)
+from jaxpoison.core.settings import plain
+from jaxpoison.data import Dataset, as_dataset, check
+from jaxpoison.data.labels import check_range
 from jaxpoison.data.pixels import quantize, to_uint8, to_unit
-
-
-class Trials(NamedTuple):
-    """T trials of a targeted attack.
-
-    Attributes:
-      targets: uint8 or float32 [T, V, H, W, C]: V views of each target, usually one.
-      target_labels: int32 [T], the true classes of the targets.
-      target_ids: int32 [T], where the targets stand in the set they were drawn from.
-      base_labels: int32 [T], the classes that the targets are to be taken for.
-      rows: int32 [T, P], the rows of the training set that become poisons, of class `base_labels`.
-    """
-
-    targets: np.ndarray
-    target_labels: np.ndarray
-    target_ids: np.ndarray
-    base_labels: np.ndarray
-    rows: np.ndarray
 
 
 def draw_trials(
@@ -56,55 +49,41 @@ def draw_trials(
 
     Args:
       key: PRNG key.
-      train: the victim's training set, clean.
+      train: the victim's training set, clean; as `data.as_dataset` takes it.
       candidates: images that targets are drawn from, usually the test set.
       num_trials: T, at least one.
       num_poisons: P, poisons of a trial; the share p of a base class of n is P / n.
-      base_class: the class that all targets are to be taken for, or int [len(candidates)], one for
-        each candidate; by default one of the classes of `train`, other than the target's and with P
-        examples, at random for each trial.
+      base_class: the class that all targets should be misclassified as, or int [len(candidates)],
+        one for each candidate; by default one of the classes of `train`, other than the target's
+        and with P examples, at random for each trial.
       target_class: true class of all targets; by default any but `base_class`.
       target_ids: indices into `candidates` that may be targets, e.g. those that the victim gets
         right before the attack; by default all.
 
     Raises:
-      ValueError: for bad images or labels, or where there are not enough targets or bases.
+      TypeError, ValueError: for bad images or labels, or where there are not enough targets or
+        bases.
     """
+    check_key(key)
+    train, candidates = as_dataset(train), as_dataset(candidates, "candidates")
     check(train)
     check(candidates, name="candidates")
-    _check_positive("num_trials", num_trials)
-    _check_positive("num_poisons", num_poisons)
-    if base_class is not None and np.ndim(base_class) == 0 and base_class == target_class:
-        raise ValueError(f"base_class and target_class are both {base_class}: they must differ")
+    num_trials = _count("num_trials", num_trials)
+    num_poisons = _count("num_poisons", num_poisons)
     labels, true = np.asarray(train.labels), np.asarray(candidates.labels)
     wanted = None if base_class is None else _for_each(base_class, len(true))
-    pool = np.arange(len(true)) if target_ids is None else np.unique(np.asarray(target_ids))
-    if len(pool) and not (
-        np.issubdtype(pool.dtype, np.integer) and 0 <= pool[0] <= pool[-1] < len(true)
-    ):
-        raise ValueError(f"target_ids must be indices in 0..{len(true) - 1}")
-    if target_class is not None:
-        pool = pool[true[pool] == target_class]
-    if wanted is not None:
-        pool = pool[true[pool] != wanted[pool]]
+    pool = _pool(true, wanted, target_class, target_ids)
     if len(pool) < num_trials:
         raise ValueError(
             f"only {len(pool)} candidates may be targets, fewer than the {num_trials} trials: "
             "allow more of them, or ask for fewer trials"
         )
-    classes, counts = np.unique(labels, return_counts=True)
-    bases = classes[counts >= num_poisons]
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     ids = rng.permutation(pool)[:num_trials]
     base_labels, rows = [], []
     for target in ids:
-        allowed = bases[bases != true[target] if wanted is None else bases == wanted[target]]
-        if not len(allowed):
-            raise ValueError(
-                f"{'no class' if wanted is None else f'class {wanted[target]}'} has the "
-                f"{num_poisons} examples that shall become poisons (targets of class "
-                f"{true[target]}); ask for fewer poisons"
-            )
+        goal = None if wanted is None else int(wanted[target])
+        allowed = _possible_bases(labels, num_poisons, int(true[target]), goal)
         base_labels.append(rng.choice(allowed))
         rows.append(rng.permutation(np.flatnonzero(labels == base_labels[-1]))[:num_poisons])
     return Trials(
@@ -116,8 +95,52 @@ def draw_trials(
     )
 
 
+def _count(name: str, value: Any) -> int:
+    """Returns a whole number of at least 1; NumPy's and JAX's integers are taken as well."""
+    value = plain(value)
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
+    return operator.index(value)
+
+
+def _pool(true, wanted, target_class, target_ids):
+    """Returns the candidates that may be targets, int [M].
+
+    Args:
+      true: int32 [N], the candidates' classes.
+      wanted: int [N], what each should be misclassified as, or None.
+      target_class: as of `draw_trials`.
+      target_ids: as of `draw_trials`.
+    """
+    pool = np.arange(len(true)) if target_ids is None else np.unique(np.asarray(target_ids))
+    if len(pool) and not (
+        np.issubdtype(pool.dtype, np.integer) and 0 <= pool[0] <= pool[-1] < len(true)
+    ):
+        raise ValueError(f"target_ids must be indices in 0..{len(true) - 1}")
+    if target_class is not None:
+        target_class = _class("target_class", target_class)
+        of_class = true == target_class
+        if not of_class.any():
+            raise ValueError(f"target_class: class {target_class} does not occur in the candidates")
+        if wanted is not None and np.all(wanted[of_class] == target_class):
+            raise ValueError(
+                f"base_class and target_class are both {target_class}: they must differ"
+            )
+        pool = pool[of_class[pool]]
+    return pool if wanted is None else pool[true[pool] != wanted[pool]]
+
+
+def _class(name, value):
+    value = plain(value)
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a class number, got {value!r}")
+    return operator.index(value)
+
+
 def _for_each(base_class: int | np.ndarray, number: int) -> np.ndarray:
-    """Returns the class that each candidate is to be taken for, int [number]."""
+    """Returns the class that each candidate should be misclassified as, int [number]."""
     classes = np.asarray(base_class)
     if not np.issubdtype(classes.dtype, np.integer) or classes.shape not in ((), (number,)):
         raise ValueError(
@@ -125,6 +148,43 @@ def _for_each(base_class: int | np.ndarray, number: int) -> np.ndarray:
             f"{classes.dtype} {list(classes.shape)}"
         )
     return np.broadcast_to(classes, number)
+
+
+def _possible_bases(labels, num_poisons, target_class, base_class):
+    """Returns the classes that a target's poisons can come from, int [M], M >= 1.
+
+    Args:
+      labels: int32 [N], of the training set.
+      num_poisons: P.
+      target_class: true class of the target.
+      base_class: the class that is wanted, or None for any but the target's.
+    """
+    if base_class is not None:
+        found = int(np.sum(labels == base_class))
+        if not found:
+            raise ValueError(
+                f"base_class: class {base_class} does not occur in the training set (its labels "
+                f"are {labels.min()} to {labels.max()})"
+            )
+        if found < num_poisons:
+            raise ValueError(
+                f"class {base_class} has {found} examples, fewer than the {num_poisons} poisons; "
+                "lower num_poisons"
+            )
+        return np.array([base_class])
+    classes, counts = np.unique(labels, return_counts=True)
+    others = classes != target_class
+    if not others.any():
+        raise ValueError(
+            f"the training set holds class {target_class} only, that of a target: no other class "
+            "can be its base"
+        )
+    if counts[others].max() < num_poisons:
+        raise ValueError(
+            f"no class other than {target_class}, that of a target, has {num_poisons} examples; "
+            f"the largest has {counts[others].max()}: lower num_poisons"
+        )
+    return classes[others & (counts >= num_poisons)]
 
 
 def poison(
@@ -138,7 +198,7 @@ def poison(
 ) -> list[PoisonedDataset]:
     """Returns the poisoned training set of each trial, in 8-bit pixels.
 
-    A trial's poisons follow from `key` and the id of its target, whatever is crafted beside it.
+    A trial's poisons follow from `key` and the id of its target, whatever is crafted with it.
 
     Args:
       key: PRNG key.
@@ -150,12 +210,16 @@ def poison(
 
     Returns:
       T sets: images uint8 [N, H, W, C] with the poisons in place of their bases, and the target
-      as `.target`. `config["objective"]` holds the first and the last value of what was minimised.
+      as `.target`. `config["objective"]` holds the first and the last value of what was minimized.
 
     Raises:
+      TypeError: for an attack without a target, or arguments of another kind.
       ValueError: for bad images, labels or trials, a network that does not fit them, or no network.
       DivergedError: if the objective or a poison is not finite.
     """
+    check_key(key)
+    check_attack(attack, TargetedAttack)
+    train = as_dataset(train)
     _check_trials(train, trials, substitutes)
     shipped = to_uint8(train.images)
     bases = to_unit(train.images)[trials.rows]
@@ -164,7 +228,7 @@ def poison(
         keys,
         substitutes,
         jnp.asarray(bases),
-        jnp.asarray(trials.base_labels),
+        jnp.asarray(trials.base_labels, jnp.int32),
         jnp.asarray(to_unit(trials.targets)),
         None if progress is None else lambda done, total: progress(attack.name, done, total),
     )
@@ -195,17 +259,22 @@ def poison(
             "num_substitutes": len(substitutes),
             "objective": [float(objective[0, trial]), float(objective[-1, trial])],
         }
-        labels = np.asarray(train.labels, np.int32)
+        labels = np.asarray(train.labels)
         sets.append(PoisonedDataset(poisoned, labels, attack_id, config, target))
     return sets
 
 
 def _check_trials(train: Dataset, trials: Trials, substitutes: Sequence[Victim]) -> None:
-    """Raises a ValueError that says why `trials` cannot be crafted on `train`, if they cannot."""
-    if not substitutes:
-        raise ValueError("crafting needs at least one substitute network")
-    num_classes = min(substitute.model.num_classes for substitute in substitutes)
-    check(train, num_classes)
+    """Raises an error that names what in `trials` cannot be crafted on `train`, if anything."""
+    if not isinstance(trials, Trials):
+        raise TypeError(
+            f"trials are a {type(trials).__name__}; expected attacks.Trials, from draw_trials"
+        )
+    check(train)
+    networks = networks_of(substitutes, np.shape(train.images)[1:])
+    known = [network.num_classes for network in networks if network.num_classes is not None]
+    num_classes = min(known, default=None)
+    check_range(np.asarray(train.labels), num_classes, "training set")
     num_trials = len(trials.rows)
     shape = np.shape(trials.targets)
     if np.ndim(trials.rows) != 2 or 0 in np.shape(trials.rows):
@@ -215,35 +284,36 @@ def _check_trials(train: Dataset, trials: Trials, substitutes: Sequence[Victim])
             f"trials.targets has shape {shape}; expected [T, V, H, W, C] with T = {num_trials} and "
             f"images of {np.shape(train.images)[1:]} as in the training set"
         )
-    for name in ("target_labels", "target_ids", "base_labels"):
-        found = np.shape(getattr(trials, name))
-        if found != (num_trials,):
-            raise ValueError(f"trials.{name} has shape {found}; expected ({num_trials},)")
+    for name in ("target_labels", "target_ids", "base_labels", "rows"):
+        found = np.asarray(getattr(trials, name))
+        if found.dtype.kind not in "iu":
+            raise ValueError(f"trials.{name} are {found.dtype}; expected integers")
+        if name != "rows" and found.shape != (num_trials,):
+            raise ValueError(f"trials.{name} has shape {found.shape}; expected ({num_trials},)")
+    check_range(np.asarray(trials.target_ids), None, "trials.target_ids")
+    check_range(np.asarray(trials.target_labels), num_classes, "trials.target_labels")
     views = np.asarray(trials.targets).reshape(-1, *shape[2:])
-    check(
-        Dataset(views, np.repeat(np.asarray(trials.target_labels), shape[1])),
-        num_classes,
-        "targets",
-    )
+    check(Dataset(views, np.zeros(len(views), np.int32)), name="targets")
     rows = np.asarray(trials.rows)
     if rows.min() < 0 or rows.max() >= len(train.labels):
         raise ValueError(
             f"trials.rows must be rows of the training set, 0..{len(train.labels) - 1}"
         )
     for trial in range(num_trials):
-        if len(np.unique(rows[trial])) < rows.shape[1]:
-            raise ValueError(f"trial {trial}: a row of the training set is named twice")
-        base = trials.base_labels[trial]
-        found = np.unique(np.asarray(train.labels)[rows[trial]])
-        if list(found) != [base]:
-            raise ValueError(
-                f"trial {trial}: its poisons have labels {found.tolist()}, its base class is "
-                f"{base}; clean-label poisons come from the base class"
-            )
-        if base == trials.target_labels[trial]:
-            raise ValueError(f"trial {trial}: the target is of the base class {base} already")
+        _check_trial(trial, trials, np.asarray(train.labels))
 
 
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value}")
+def _check_trial(number, trials, labels):
+    """Raises a ValueError unless the poisons of a trial come from its base class."""
+    rows = np.asarray(trials.rows)[number]
+    if len(np.unique(rows)) < len(rows):
+        raise ValueError(f"trial {number}: a row of the training set is named twice")
+    base = trials.base_labels[number]
+    found = np.unique(labels[rows])
+    if list(found) != [base]:
+        raise ValueError(
+            f"trial {number}: its poisons have labels {found.tolist()}, its base class is "
+            f"{base}; clean-label poisons come from the base class"
+        )
+    if base == trials.target_labels[number]:
+        raise ValueError(f"trial {number}: the target is of the base class {base} already")

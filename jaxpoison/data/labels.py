@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import core
 
 _LARGEST = np.iinfo(np.int32).max
 _MISSING_TYPES = ("NoneType", "NAType", "NaTType")
@@ -106,7 +107,7 @@ def _as_array(y: Any, name: str) -> np.ndarray:
             f"{name}: got a {type(y).__name__}; expected [N] labels, for instance the `labels` of "
             "a data set"
         )
-    if isinstance(y, jax.core.Tracer):
+    if isinstance(y, core.Tracer):
         raise TypeError(f"{name}: labels are traced; read them on the host, outside of jit")
     if np.ma.is_masked(y):
         masked = np.ma.getmaskarray(y)

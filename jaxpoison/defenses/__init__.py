@@ -16,7 +16,7 @@ from jaxpoison.defenses.mixing import cutmix as cutmix
 from jaxpoison.defenses.mixing import mixup as mixup
 from jaxpoison.defenses.noise import fixed_noise as fixed_noise
 from jaxpoison.defenses.noise import random_noise as random_noise
-from jaxpoison.defenses.squeezing import grey as grey
+from jaxpoison.defenses.squeezing import gray as gray
 from jaxpoison.defenses.squeezing import jpeg as jpeg
 from jaxpoison.defenses.trusted import add_trusted as add_trusted
 from jaxpoison.defenses.trusted import recommended as recommended

@@ -9,13 +9,16 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     Args:
       successes: 0 to `trials`.
       trials: at least 1.
-      z: half its width in standard deviations; 1.96 is 95 %.
+      z: half its width in standard deviations; 1.96 is 95%.
 
     Raises:
-      ValueError: for counts that are none.
+      ValueError: unless 0 <= successes <= trials and trials >= 1.
     """
     if not 0 <= successes <= trials or trials < 1:
-        raise ValueError(f"{successes} successes in {trials} trials is no rate")
+        raise ValueError(
+            f"{successes} successes in {trials} trials is no rate: expected "
+            "0 <= successes <= trials and trials >= 1"
+        )
     rate, share = successes / trials, z**2 / trials
     middle = (rate + share / 2) / (1 + share)
     half = math.sqrt(rate * (1 - rate) * share + share**2 / 4) / (1 + share)

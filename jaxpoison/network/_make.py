@@ -3,7 +3,6 @@
 from typing import Any
 
 import flax.linen as nn
-from flax import nnx
 
 from jaxpoison.network._linen import from_linen
 from jaxpoison.network._nnx import from_nnx
