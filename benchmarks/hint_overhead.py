@@ -15,16 +15,12 @@ import argparse
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import jax
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import run
-
-from jaxpoison import data, defenses, models, training
+from jaxpoison import data, defenses, models, runs, training
 from jaxpoison.core import devices
 from jaxpoison.training.hooks import with_ids
 
@@ -72,11 +68,11 @@ def main() -> None:
         "examples": len(splits.train.labels),
         "ratio": options.ratio,
         "source": splits.source,
-        "environment": run.environment(),
+        "environment": runs.environment(),
     }
     print(table(result))
     if options.out:
-        run.write_json(options.out, result)
+        runs.write_json(options.out, result)
     else:
         print(json.dumps(result["environment"]))
 

@@ -31,6 +31,8 @@ ALLOWED = {
         *("core", "curvature", "data", "filters", "influence", "network", "solvers", "training"),
     ),
     "evaluation": ("attacks", "data", "network", "training"),
+    "cli": ("data", "runs"),
+    "__main__": ("cli",),
 }
 # The engine must run where nothing but JAX is installed.
 NEEDS_JAX_ONLY = ("core", "curvature", "influence", "solvers")

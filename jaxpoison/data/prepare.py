@@ -224,10 +224,12 @@ def _check_reachable(url: str) -> None:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, prog: str = "python -m jaxpoison.data.prepare"
+) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m jaxpoison.data.prepare",
+        prog=prog,
         description="Write a tensorflow-datasets folder without TensorFlow.",
     )
     parser.add_argument("name", choices=sorted(catalogue.ENTRIES))

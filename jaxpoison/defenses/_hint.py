@@ -220,7 +220,7 @@ def update(
     head = network.head(variables)
     solution = lap("solve", solve(config, head, group, train, jax.random.fold_in(state.key, epoch)))
     if config.solver != "identity":
-        solvers.require_converged(solution, f"HINT's solve before epoch {epoch}")
+        solvers.require_usable(solution, f"HINT's solve before epoch {epoch}")
     if first and (config.ratio < 1 or config.mass is not None):
         length = len(state.chosen)
         chosen = choose(config, state.key, head, solution.value, train, dataset.ids, length)

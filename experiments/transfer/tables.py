@@ -9,18 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tables import PAPER as HINT_PAPER
-from transfer_verdicts import DATASET, LATE, TRUSTED
+from common.registry import TRANSFER
+from common.tables import PAPER as HINT_PAPER
 
 from jaxpoison import evaluation
+from transfer.verdicts import DATASET, LATE, TRUSTED
 
 PAPER = json.loads(Path(__file__).with_name("paper_charvec.json").read_text())
-ATTACKS = {
-    "fc": "feature collision",
-    "cp": "convex polytope",
-    "bp": "bullseye polytope",
-    "gm": "gradient matching",
-}
 Rows = list[dict[str, Any]]
 
 
@@ -40,7 +35,7 @@ def report(
         "",
         *_verdict(judged),
         "",
-        "## Without a defence",
+        "## Without a defense",
         "",
         f"An attack counts where at least {100 * min_success:g} % of its trials succeed: the "
         "target is classified as the base class. Brackets: 95 % intervals (Wilson).",
@@ -66,7 +61,7 @@ def report(
             "|---|---|---|",
             *_on_clean([row for row in rows if not row["share"]]),
             "",
-            "## Beside the paper",
+            "## Next to the paper",
             "",
             *_beside_paper(judged),
             "",
@@ -134,10 +129,11 @@ def _undefended(group):
     if not first["share"]:
         return f"| none | - | 0 | {said} | - |"
     word = {0: "no", len(group): "yes"}.get(counts, f"on {counts} of {len(group)} networks")
-    return (
-        f"| {ATTACKS[first['attack']]} | {first['epsilon_255']:g} | {first['share']:g} | {said} "
-        f"| {word} |"
-    )
+    return f"| {_label(first)} | {first['epsilon_255']:g} | {first['share']:g} | {said} | {word} |"
+
+
+def _label(row):
+    return TRANSFER[row["attack"]].label
 
 
 def _interval(successes, trials):
@@ -202,7 +198,7 @@ def _beside_paper(judged):
             if rows:
                 _, accuracy, successes, count = _pooled(rows, name)
                 ours = f"{100 * successes / count:.1f}, {100 * accuracy:.1f} (p = {nearest:g})"
-            yield f"| {ATTACKS[attack]} | {name} | {theirs} | {ours} | {count} |"
+            yield f"| {TRANSFER[attack].label} | {name} | {theirs} | {ours} | {count} |"
 
 
 def _all_numbers(judged):
@@ -210,7 +206,7 @@ def _all_numbers(judged):
         first = group[0]
         trials = sum(row["trials"] for row in group)
         accuracy = 100 * sum(row["accuracy"] * row["trials"] for row in group) / trials
-        place = f"| {ATTACKS[first['attack']]} | {first['epsilon_255']:g} | {first['share']:g} |"
+        place = f"| {_label(first)} | {first['epsilon_255']:g} | {first['share']:g} |"
         yield f"{place} none | - | - | - | all | - | {accuracy:.1f} |"
         for name in first["filters"]:
             tpr, accuracy, successes, trials = _pooled(group, name)
@@ -233,7 +229,7 @@ def _hint(rows):
         "poisoned, full width."
     )
     yield ""
-    yield "| attack | defence | success | 95 % | accuracy (%) | paper: success, accuracy |"
+    yield "| attack | defense | success | 95 % | accuracy (%) | paper: success, accuracy |"
     yield "|---|---|---|---|---|---|"
     paper = HINT_PAPER["table_III_targeted_cifar10"]["results"]
     for group in _groups(rows, "attack", "defense"):
@@ -245,6 +241,6 @@ def _hint(rows):
         if theirs:
             said = f"{theirs['asr_success']}/{theirs['asr_trials']}, {theirs['test_acc']['mean']}"
         yield (
-            f"| {ATTACKS[attack]} | {defense.replace('hint', 'HINT')} | {successes}/{trials} | "
+            f"| {_label(group[0])} | {defense.replace('hint', 'HINT')} | {successes}/{trials} | "
             f"{_interval(successes, trials)} | {accuracy:.1f} | {said} |"
         )

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 from jaxpoison.data import Dataset
+from jaxpoison.runs import pictures
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+plt = pictures.pyplot()
 
 
 def healthy_noise(
@@ -30,7 +29,7 @@ def healthy_noise(
       perturbed: float [N, H, W, C] in [0, 1], what was trained on.
       seen: the labels [N] that the trained model predicts for `received` and for `perturbed`.
       class_names: names of the labels.
-      beta: bound of the noise; its picture spans [-beta, beta], grey is none.
+      beta: bound of the noise; its picture spans [-beta, beta], gray is none.
     """
     images, (before, after) = received.images, seen
     scaled = np.clip(0.5 + noise / (2 * beta), 0, 1)
@@ -52,8 +51,7 @@ def healthy_noise(
         axis.set_ylabel(name, fontsize=9)
     figure.suptitle("Training images that HINT changed most, and what the trained model sees")
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    pictures.save(figure, path, dpi=130)
 
 
 def predictions(
@@ -95,17 +93,16 @@ def predictions(
         for row, (name, (labels, sure)) in enumerate(seen.items()):
             label = labels[column]
             bad = label != truth if intended is None else label == intended[column]
-            colour = "tab:green" if label == truth else "tab:red" if bad else "black"
+            color = "tab:green" if label == truth else "tab:red" if bad else "black"
             height = 1 - (row + 0.5) / len(seen)
             if column == 0:
                 text.text(-0.05, height, name, ha="right", va="center", fontsize=8,
                           transform=text.transAxes)  # fmt: skip
             text.text(0.5, height, f"{class_names[label]} ({100 * float(sure[column]):.0f} %)",
-                      ha="center", va="center", fontsize=8, color=colour,
+                      ha="center", va="center", fontsize=8, color=color,
                       transform=text.transAxes)  # fmt: skip
     figure.suptitle(title, fontsize=10, y=1.02)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    pictures.save(figure, path, dpi=130, bbox_inches="tight")
 
 
 def accuracy(path: Path, curves: dict[str, list[tuple[float, float, float, float | None]]]) -> None:
@@ -113,7 +110,7 @@ def accuracy(path: Path, curves: dict[str, list[tuple[float, float, float, float
 
     Args:
       path: PNG to write.
-      curves: for each defence by name: (p, mean, sd, the paper's mean or None), in percent and in
+      curves: for each defense by name: (p, mean, sd, the paper's mean or None), in percent and in
         order of p. The paper's are dashed, on an axis of their own as the scale differs.
     """
     figure, (ours, theirs) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
@@ -132,5 +129,4 @@ def accuracy(path: Path, curves: dict[str, list[tuple[float, float, float, float
         axis.set_xlabel("p, share of poisoned training images")
         axis.grid(alpha=0.3)
     ours.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    pictures.save(figure, path, dpi=130)

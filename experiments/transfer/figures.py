@@ -3,16 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from common.registry import TRANSFER
 from sklearn.decomposition import PCA
-from transfer_tables import ATTACKS
-from transfer_verdicts import DATASET, LATE, ROC_GRID, TRUSTED, View, directions
 
 from jaxpoison import filters
+from jaxpoison.runs import pictures
+from transfer.verdicts import DATASET, LATE, ROC_GRID, TRUSTED, View, directions
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+plt = pictures.pyplot()
 
 Rows = list[dict[str, Any]]
 
@@ -32,7 +31,7 @@ def roc(path: Path, rows: Rows) -> None:
     names = list(rows[0]["roc"])
     for row in rows:
         axis = axes[attacks.index(row["attack"]), shares.index(row["share"])]
-        axis.set_title(f"{ATTACKS[row['attack']]}, p = {row['share']:g}", fontsize=8)
+        axis.set_title(f"{TRANSFER[row['attack']].label}, p = {row['share']:g}", fontsize=8)
         for number, name in enumerate(names):
             ours = name in (DATASET, TRUSTED, LATE)
             axis.plot(
@@ -76,7 +75,7 @@ def found_over_share(path: Path, rows: Rows) -> None:
                 shares, [row[predicted] for row in mine], "x:", color=color,
                 label="poisons beyond the limit" + (" at p = 0" if name == TRUSTED else ""),
             )  # fmt: skip
-        axis.set_title(ATTACKS[attack], fontsize=9)
+        axis.set_title(TRANSFER[attack].label, fontsize=9)
         axis.set_xlabel("p, share of the base class")
         axis.set_xlim(0, 1)
         axis.set_ylim(-0.03, 1.03)
@@ -92,7 +91,7 @@ def found_over_share(path: Path, rows: Rows) -> None:
         mine = [row for row in rows if row["attack"] == attack]
         axes[-1].plot(
             [row["share"] for row in mine], [row["shift"] for row in mine], "o",
-            color=f"C{number + 2}", label=ATTACKS[attack],
+            color=f"C{number + 2}", label=TRANSFER[attack].label,
         )  # fmt: skip
     axes[-1].set_title("poisons above the line are found", fontsize=9)
     axes[-1].set_xlabel("p, share of the base class")
@@ -128,5 +127,4 @@ def vectors(path: Path, view: View, title: str) -> None:
 
 
 def _write(figure, path):
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    pictures.save(figure, path, dpi=120)

@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 import itertools
-import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from common import registry
 
-from jaxpoison import attacks, models, training
+from jaxpoison import models, runs, training
 from jaxpoison.attacks import TargetedAttack
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset, embedded, readers
 from jaxpoison.defenses import HintConfig
 from jaxpoison.training import Recipe
@@ -73,7 +74,7 @@ class Config:
     """Judge accuracy on the first so many test images; default all."""
     networks: tuple[str, ...] = ("resnet18", "resnet50", "mobilenet_v2", "densenet121")
     """Extractors; each is attacked as a white box. "narrow" and "tiny" are small ResNets."""
-    attacks: tuple[Literal["fc", "cp", "bp", "gm"], ...] = ("fc", "bp", "gm")
+    attacks: tuple[str, ...] = ("fc", "bp", "gm")
     """Feature collision, convex polytope, bullseye polytope, gradient matching."""
     crafting: Crafting = dataclasses.field(default_factory=Crafting)
     """How long poisons are crafted."""
@@ -84,16 +85,16 @@ class Config:
     num_targets: int = 30
     """Trials of each attack, budget and share: always the same targets."""
     base_class: int | None = 8
-    """What targets are to be taken for (8: ship); none: any class."""
+    """The class that targets shall be misclassified as (8: ship); none: any class."""
     target_class: int | None = 6
     """What targets are (6: frog); none: any class."""
     min_success: float = 0.6
-    """An attack counts where at least this share of its trials succeeds without a defence."""
+    """An attack counts where at least this share of its trials succeeds without a defense."""
     trusted_per_class: int = 5
     """Images of each class that the filter may trust."""
     hint: HintConfig = dataclasses.field(default_factory=HintConfig)
     """Settings of HINT; its epochs are those of the head, 60."""
-    hint_attacks: tuple[Literal["fc", "cp", "bp", "gm"], ...] = ("fc", "bp")
+    hint_attacks: tuple[str, ...] = ("fc", "bp")
     """Attacks on which HINT is tried, at the largest budget."""
     hint_share: float = 0.5
     """Share p at which HINT is tried."""
@@ -101,32 +102,6 @@ class Config:
     """Initial weights, trials, noise."""
     checkpoint_every: int = 1
     """Epochs from one checkpoint to the next."""
-
-
-PAPER = Config(run_dir=Path("runs/transfer-paper"))
-# Sized for two cores and three quarters of an hour.
-LAPTOP = Config(
-    run_dir=Path("runs/transfer-laptop"),
-    pretraining=Recipe(epochs=10, milestones=(5, 8)),
-    networks=("narrow",),
-    crafting=Crafting(bp_steps=200, gm_steps=150, gm_restarts=1),
-    num_targets=20,
-    test_examples=2000,
-)
-QUICK = Config(
-    run_dir=Path("runs/transfer-quick"),
-    pretraining=Recipe(epochs=20, milestones=(10, 16), batch_size=64),
-    data="embedded",
-    parts=Parts(pretraining=230, train=30, trusted=20, targets=20),
-    networks=("tiny",),
-    crafting=Crafting(fc_steps=60, bp_steps=100, gm_steps=80, gm_restarts=1),
-    epsilons_255=(16.0,),
-    shares=(0.1, 0.5, 0.8),
-    num_targets=8,
-    base_class=None,
-    target_class=None,
-)
-PRESETS = {"paper": PAPER, "laptop": LAPTOP, "quick": QUICK}
 
 
 class Sets(NamedTuple):
@@ -161,7 +136,8 @@ def read(folder: Path) -> Config:
             for name, value in settings.items()
         }  # fmt: skip
 
-    return Config(**restored(json.loads(path.read_text())))
+    settings = runs.read_json(path, "write it again with transfer_filter.py in a new folder")
+    return Config(**{**restored(settings), "run_dir": folder})
 
 
 def require_sensible(config: Config) -> None:
@@ -172,6 +148,7 @@ def require_sensible(config: Config) -> None:
     for name in ("attacks", "epsilons_255", "shares"):
         if not getattr(config, name):
             raise ValueError(f"name at least one of {name}")
+    registry.check_names("attacks", config.attacks, registry.TRANSFER)
     for share in config.shares:
         if not 0 < share <= 1 or round(share * config.parts.train) < 1:
             raise ValueError(
@@ -189,6 +166,7 @@ def require_sensible(config: Config) -> None:
             f"trusted_per_class must be between 1 and {config.parts.trusted}, the trusted images "
             f"of a class, not {config.trusted_per_class}"
         )
+    devices.check_divisible(config.pretraining.batch_size, devices.data_mesh())
     for attack, epsilon in itertools.product(config.attacks, config.epsilons_255):
         attack_of(config, attack, epsilon)
 
@@ -222,19 +200,7 @@ def load(config: Config) -> Sets:
 
 def attack_of(config: Config, name: str, epsilon_255: float) -> TargetedAttack:
     """Returns an attack with the configured number of steps."""
-    epsilon, crafting = epsilon_255 / 255, config.crafting
-    if name == "fc":
-        return attacks.feature_collision(epsilon=epsilon, num_steps=crafting.fc_steps)
-    if name == "cp":
-        return attacks.convex_polytope(epsilon=epsilon, num_steps=crafting.cp_steps)
-    if name == "bp":
-        return attacks.bullseye_polytope(epsilon=epsilon, num_steps=crafting.bp_steps)
-    return attacks.head_gradient_matching(
-        epsilon=epsilon,
-        num_steps=crafting.gm_steps,
-        restarts=crafting.gm_restarts,
-        draws=attacks.Draws(),
-    )
+    return registry.TRANSFER[name].make(epsilon_255 / 255, config.crafting)
 
 
 def first_of_each_class(dataset: Dataset, number: int) -> Dataset:
