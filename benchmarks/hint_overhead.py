@@ -63,7 +63,7 @@ def main() -> None:
         )
 
     training.fit(model, recipe, splits.train, key=jax.random.key(0), defense=defense, report=report)
-    result = summarise(epochs, options.ratio, noise_seconds(defense, splits.train)) | {
+    result = summarize(epochs, options.ratio, noise_seconds(defense, splits.train)) | {
         "model": f"resnet18(width={options.width})",
         "examples": len(splits.train.labels),
         "ratio": options.ratio,
@@ -90,7 +90,7 @@ def noise_seconds(defense: defenses.Defense, train: data.Dataset) -> float:
     return statistics.median(seconds[1:])
 
 
-def summarise(epochs: list[dict], ratio: float, every_epoch: float) -> dict:
+def summarize(epochs: list[dict], ratio: float, every_epoch: float) -> dict:
     """Returns medians over all epochs but the first, and the overhead they amount to."""
 
     def median(seconds):
@@ -128,7 +128,7 @@ def table(result: dict) -> str:
             "|---|---|---|",
             f"| plain epoch | {result['epoch_seconds']:.3f} | 1 |",
             *(
-                f"| {part}{' (first update only, compiled anew)' if part == 'scores' else ''} "
+                f"| {part}{' (first update only, with compilation)' if part == 'scores' else ''} "
                 f"| {parts[part]:.3f} | {parts[part] / result['epoch_seconds']:.3f} |"
                 for part in PARTS
             ),

@@ -29,7 +29,7 @@ from jaxpoison.core import devices, loops
 
 DAMPING = 0.5
 AUTHORS_STEPS, AUTHORS_BATCH, AUTHORS_SCALE = 980, 50, 50.0
-SHARE = 0.5  # r: pixel maps are made for so many of the examples
+SHARE = 0.5  # r: pixel maps are made for this share of the examples
 NETWORKS = {
     "mnist": ("MNIST CNN", "mnist", models.mnist_cnn, training.MNIST, 59_000),
     "resnet": (

@@ -229,7 +229,7 @@ def test_variants_of_hint_differ_in_what_their_names_say():
             "beta": 16 / 255,
             "solver": "lissa",
             "hessian_examples": "chosen",
-            "coordinates": "normalised",
+            "coordinates": "normalized",
             "late_epoch": 5,  # of the schedule (2, 5)
             "storage": "uint8_floor",
         },

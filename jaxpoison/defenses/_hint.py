@@ -131,12 +131,11 @@ def hint(
 ) -> Defense:
     """Returns HINT as a defense.
 
-    The info of an update holds `residual` and `solver_steps` of the solve, where there is one (not
-    with solver="identity"); `step_255_q50`, `_q90`, `_q99`: quantiles of 255 gamma |I_pert| over
-    chosen pixels (below 1, uint8 storage would lose the step); `share_at_beta`: share of chosen
-    pixels whose noise is at +-beta; the seconds of its parts, `features_seconds`, `solve_seconds`,
-    `scores_seconds` (first update only) and `pixel_maps_seconds`; `chosen`; and with `mass` the
-    share `ratio` that it takes.
+    The info of an update holds `residual` and `solver_steps` of the solve (solver="identity" has
+    none); `step_255_q50`, `_q90`, `_q99`: quantiles of 255 times the step over chosen pixels (below
+    1, uint8 storage would lose the step); `share_at_beta`: share of chosen pixels whose noise is at
+    +-beta; the seconds of its parts, `features_seconds`, `solve_seconds`, `scores_seconds` (first
+    update only) and `pixel_maps_seconds`; `chosen`; and with `mass` the share `ratio` of D_s.
 
     Args:
       model: the network that is trained, a `Network` or what `network.as_network` takes; its last

@@ -74,9 +74,9 @@ def _init(network, key, dataset, num_epochs):
     return jnp.zeros((), jnp.int32)
 
 
-def _on_epoch(config, tau, epoch, train_state, dataset):
-    tau_now = sum(epoch >= start for start in config.tau_epochs)
-    return jnp.full_like(tau, tau_now), dataset, Info({"tau": float(tau_now)})
+def _on_epoch(config, state, epoch, train_state, dataset):
+    tau = sum(epoch >= start for start in config.tau_epochs)
+    return jnp.full_like(state, tau), dataset, Info({"tau": float(tau)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +91,12 @@ class FriendlyAscent:
     network: Network
     config: FatConfig
 
-    def __call__(self, tau: jax.Array, key: jax.Array, train_state: Any, batch: Dataset) -> Dataset:
+    def __call__(self, state: Any, key: jax.Array, train_state: Any, batch: Dataset) -> Dataset:
         images = batch.images
         ball = _BALLS[self.config.norm](self.config.epsilon)
         start_key, steps_key = jax.random.split(key)
         start = jnp.clip(images + ball.random(start_key, images), 0.0, 1.0)
-        everywhere = jnp.full(len(images), tau), jnp.ones(len(images), bool)
+        everywhere = jnp.full(len(images), state), jnp.ones(len(images), bool)
         variables = jax.lax.stop_gradient(train_state.variables)
         step = functools.partial(ascend, self.network, self.config, variables, batch)
         steps = jax.random.split(steps_key, self.config.num_steps)

@@ -102,12 +102,12 @@ def _init_refit(network, trusted, key, dataset, num_epochs):
     return key
 
 
-def _finish_refit(network, trusted, recipe, key, train_state):
+def _finish_refit(network, trusted, recipe, state, train_state):
     network = network.for_images(trusted.images.shape[1:])
     variables = train_state.variables
     inputs = features(network, variables, trusted.images)
     # On all devices, as the features are, wherever training was.
-    key, labels = devices.replicate((key, trusted.labels), devices.data_mesh())
+    key, labels = devices.replicate((state, trusted.labels), devices.data_mesh())
     head = _fit_head(
         key,
         inputs,
