@@ -95,7 +95,7 @@ def filtered(sets, centroids):
     filter_ = filters.CharacteristicVectorFilter(
         MODEL, victim().variables, preprocess=to_float, centroids=centroids
     )
-    trusted = tuple(parts()[2]) if centroids == "trusted" else None
+    trusted = parts()[2] if centroids == "trusted" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", filters.ContaminationWarning)
         flagged = np.stack(

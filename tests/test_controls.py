@@ -1,4 +1,4 @@
-"""The controls of HINT's comparison, and the recommended defence: what each does to the data."""
+"""The controls of HINT's comparison, and the recommended defense: what each does to the data."""
 
 import functools
 
@@ -19,7 +19,7 @@ from jaxpoison.defenses import (
     add_trusted,
     chain,
     cutmix,
-    grey,
+    gray,
     hint,
     jpeg,
     mixup,
@@ -84,7 +84,7 @@ def batch_of(num_examples=64, side=8):
 
 @functools.cache
 def squeezed(kind):
-    """Returns 100 real images, and what a defence makes of them before every epoch."""
+    """Returns 100 real images, and what a defense makes of them before every epoch."""
     train = load_embedded(kind).train
     train = Dataset(train.images[:100], train.labels[:100])
     defense = jpeg()
@@ -125,11 +125,11 @@ def test_jpeg_takes_floats_as_the_bytes_they_round_to():
     np.testing.assert_array_equal(jpeg().init(KEY, floats, 1), after.images)
 
 
-def test_grey_is_the_luma_of_pillow():
+def test_gray_is_the_luma_of_pillow():
     from PIL import Image
 
     train, _ = squeezed("cifar10")
-    _, after, _ = grey().on_epoch((), 0, None, train)
+    _, after, _ = gray().on_epoch((), 0, None, train)
     want = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in train.images])
     images = np.asarray(after.images)
     assert images.shape == train.images.shape and images.min() >= 0 and images.max() <= 1
@@ -303,7 +303,7 @@ def test_jpeg_before_recommended_squeezes_the_collected_images_alone():
         (lambda: add_trusted(TRUSTED, repeats=0), "repeats"),
         (lambda: add_trusted(Dataset(TRUSTED.images, 0 * TRUSTED.labels)), "one-class"),
         (lambda: refit_head(MODEL, Dataset(TRUSTED.images, 9 + TRUSTED.labels)), "out of range"),
-        (lambda: grey().init(KEY, random_set(), 1), "channels"),
+        (lambda: gray().init(KEY, random_set(), 1), "channels"),
         (lambda: jpeg().init(KEY, Dataset(np.zeros((2, 4, 4, 2), np.uint8), TRUSTED.labels[:2]), 1),
          "channels"),
     ],

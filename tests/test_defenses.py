@@ -64,13 +64,13 @@ def test_none_and_chains_of_it_change_nothing():
         jax.tree.map(np.testing.assert_array_equal, fit(defense), plain)
 
 
-def test_a_chain_of_one_is_that_defence():
+def test_a_chain_of_one_is_that_defense():
     defended = fit(add_pixels(0.25)).params
     assert np.any(defended["head"]["bias"] != fit(none()).params["head"]["bias"])
     jax.tree.map(np.testing.assert_array_equal, fit(chain(add_pixels(0.25))).params, defended)
 
 
-def test_a_chain_applies_its_defences_in_order():
+def test_a_chain_applies_its_defenses_in_order():
     train = random_set()
     for defenses, want in [
         ((scale_pixels(0.5), add_pixels(0.25)), train.images * 0.5 + 0.25),
@@ -109,7 +109,7 @@ def test_on_batch_runs_in_a_chain_in_order_with_keys_of_its_own():
     assert np.any(keys[0] != keys[1])
 
 
-def test_a_defence_written_by_a_user_is_traced_into_the_step():
+def test_a_defense_written_by_a_user_is_traced_into_the_step():
     seen = []
 
     def on_batch(state, key, train_state, batch):

@@ -517,10 +517,10 @@ def test_files_that_are_something_else(tmp_path):
     with pytest.raises(FileNotFoundError):
         load()
     path.write_bytes(b"not an archive")
-    with pytest.raises(ValueError, match=r"filter\.npz (cannot be read as a saved filter|lacks config)"):
+    with pytest.raises(ValueError, match=r"filter\.npz cannot be read as a saved"):
         load()
     np.savez(path, images=np.zeros(3))
-    with pytest.raises(ValueError, match=r"filter\.npz (cannot be read as a saved filter|lacks config)"):
+    with pytest.raises(ValueError, match=r"filter\.npz lacks config"):
         load()
     with pytest.raises(ValueError, match=r"call fit .or fit_filter. first"):
         make().save(path)

@@ -137,7 +137,7 @@ def test_friendly_noise_grows_while_the_prediction_stays():
 
 
 def test_friendly_noise_follows_the_authors_loop():
-    """Step by step beside SGD written out, in batches of the authors' size."""
+    """Step by step against SGD written out, in batches of the authors' size."""
     config = FriendsConfig(num_steps=6, start=0.02)
     train = random_set().take(slice(40))
     got = np.asarray(make_friendly(config, train=train)[0].noise)
@@ -228,14 +228,14 @@ def test_rivals_chain():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: random_noise(1.5), "size of noise"),
-        (lambda: random_noise(0.1, "cauchy"), "bernoulli, uniform or gaussian"),
-        (lambda: fixed_noise(0.1, 0.0), r"in \(0, 1\]"),
-        (lambda: friends(MODEL, FriendsConfig(zeta=16)), "zeta is in units of pixels"),
-        (lambda: friends(MODEL, FriendsConfig(num_steps=0)), "num_steps at least 1"),
-        (lambda: friends(MODEL, FriendsConfig(mu=16)), "size of noise"),
-        (lambda: adversarial_training(MODEL, FatConfig(epsilon=0)), "epsilon must be positive"),
-        (lambda: adversarial_training(MODEL, FatConfig(norm="l1")), "l2 or linf"),
+        (lambda: random_noise(1.5), r"size must be in \[0, 1\]"),
+        (lambda: random_noise(0.1, "cauchy"), "one of bernoulli, uniform, gaussian"),
+        (lambda: fixed_noise(0.1, 0.0), "ratio must be above 0"),
+        (lambda: friends(MODEL, FriendsConfig(zeta=16)), r"zeta must be in \[0, 1\]"),
+        (lambda: friends(MODEL, FriendsConfig(num_steps=0)), "num_steps must be at least 1"),
+        (lambda: friends(MODEL, FriendsConfig(mu=16)), r"mu must be in \[0, 1\]"),
+        (lambda: adversarial_training(MODEL, FatConfig(epsilon=0)), "epsilon must be above 0"),
+        (lambda: adversarial_training(MODEL, FatConfig(norm="l1")), "one of l2, linf"),
         (lambda: adversarial_training(MODEL, FatConfig(num_steps=0)), "num_steps"),
     ],
 )
@@ -256,7 +256,7 @@ def random_similarities(num_examples, num_filled=0, seed=0):
 
 
 def greedy(similarity, candidates, budget):
-    """The definition, in float64, with gains computed anew for every candidate."""
+    """The definition, in float64, with gains computed again for every candidate."""
     best, chosen = np.zeros(len(similarity)), []
     for _ in range(budget):
         gains = {j: np.maximum(similarity[:, j] - best, 0).sum() for j in candidates
@@ -360,7 +360,7 @@ def test_learning_rate_falls_at_its_epochs_though_epochs_have_become_shorter():
 
 
 @pytest.mark.parametrize("from_host", [True, False])
-def test_shorter_epochs_do_not_compile_anew(monkeypatch, from_host):
+def test_shorter_epochs_do_not_recompile(monkeypatch, from_host):
     monkeypatch.setattr(loops, "steps_from_host", lambda: from_host)
     traces = []
 

@@ -60,7 +60,7 @@ def one_device(monkeypatch):
 @functools.cache
 def real(part="train"):
     """8x8 crops of real images of four classes."""
-    images, labels = getattr(load_embedded("cifar10"), part)
+    images, labels, _ = getattr(load_embedded("cifar10"), part)
     rows = np.flatnonzero(labels < NUM_CLASSES)[:96]
     return Dataset(images[rows, 12:20, 12:20], labels[rows])
 

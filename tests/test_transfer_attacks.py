@@ -126,7 +126,7 @@ def test_each_candidate_may_have_a_class_of_its_own_to_be_misclassified_as():
         ({"num_trials": 0}, "num_trials must be at least 1"),
         ({"num_poisons": 0}, "num_poisons must be at least 1"),
         ({"num_poisons": 21}, r"no class other than \d, .* has 21 examples; the largest has 20"),
-        ({"base_class": 3, "num_poisons": 21}, "class 3 has 20 examples, fewer than the 21 poisons"),
+        ({"base_class": 3, "num_poisons": 21}, "class 3 has 20 examples, fewer than the 21"),
         ({"base_class": 7}, "class 7 does not occur in the training set"),
         ({"base_class": 1, "target_class": 1}, "must differ"),
         ({"base_class": np.int64(1), "target_class": 1}, "must differ"),

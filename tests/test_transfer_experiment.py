@@ -259,7 +259,7 @@ def test_vectors_are_judged_as_the_filter_itself_does(victim):
     half = 0.5 * (CLEAN.images[:4] + CLEAN.images[10:14])
     sets = [trial(CLEAN.images[10:14], slice(0, 4)), trial(half, slice(3, 7))]
     view = verdicts.view(victim, CLEAN, sets, TRUSTED)
-    for centroids, trusted in (("dataset", None), ("trusted", tuple(TRUSTED))):
+    for centroids, trusted in (("dataset", None), ("trusted", TRUSTED)):
         reference = None if trusted is None else (view.trusted[0], view.trusted[2])
         flagged, score = verdicts.characteristic(
             view.charvec, view.places, view.labels, reference, 3

@@ -214,7 +214,7 @@ _ENTRIES = (
         "jpeg_recommended", "JPEG, quality 10, + recommended", "control", _then_recommended(_jpeg)
     ),
     DefenseEntry(
-        "grey", "gray-scale", "control", lambda config, model, splits: defenses.grey()
+        "grey", "gray-scale", "control", lambda config, model, splits: defenses.gray()
     ),
     DefenseEntry(
         "mixup", "MixUp", "control",

@@ -8,7 +8,7 @@ do it harm on the clean ones. The authors decouple the two: in each trial a new 
 trajectory on the images of the generator as it was, G_old, while at every point of it the
 generator G takes a step through one simulated step of the classifier. Then G_old becomes G. Since
 the trajectory does not depend on G, collecting it first and replaying it is the same as walking it
-once beside the generator's steps, as here, and keeping none of it.
+once alongside the generator's steps, as here, and keeping none of it.
 """
 
 import dataclasses

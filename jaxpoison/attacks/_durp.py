@@ -19,6 +19,7 @@ def durp(*, epsilon: float) -> Attack:
 
 def _craft(settings, key, victim, images, labels, progress=None):
     network, images, labels = checked_images(victim, images, labels)
+    assert network.num_classes is not None  # `network_of` has seen to it
     shape = (network.num_classes, *images.shape[1:])
     epsilon = settings.epsilon
     noise = jax.random.uniform(key, shape, images.dtype, minval=-epsilon, maxval=epsilon)

@@ -179,16 +179,16 @@ def unrolled_loss(
     num_steps, size, num_poisons = len(images) - 1, images.shape[1], len(poisons)
     values = []
 
-    def losses(params, batch, batch_labels, beside):
-        logits = apply(params, jnp.concatenate([batch, beside]))
+    def losses(params, batch, batch_labels, views):
+        logits = apply(params, jnp.concatenate([batch, views]))
         entropy = optax.softmax_cross_entropy_with_integer_labels(logits[:size], batch_labels)
         return jnp.mean(entropy), margin(logits[size:], base_label)
 
     for step in range(num_steps):
         batch = jnp.concatenate([poisons, images[step, num_poisons:]])
         batch_labels = labels[step].at[:num_poisons].set(base_label)
-        beside = targets if step else targets[:0]
-        gradient, margins = jax.grad(losses, has_aux=True)(params, batch, batch_labels, beside)
+        views = targets if step else targets[:0]
+        gradient, margins = jax.grad(losses, has_aux=True)(params, batch, batch_labels, views)
         if step:
             values.append(jnp.mean(margins))
         params = jax.tree.map(lambda p, g: p - rate * g, params, gradient)
@@ -210,12 +210,14 @@ def recolor(image: jax.Array, colors: jax.Array) -> jax.Array:
       colors: float [g, g, g, 3]: at each point of a grid over Y, U and V, what is added to them.
         Between points it is interpolated (trilinearly).
     """
-    matrix = jnp.asarray(RGB_FROM_YUV)
+    matrix = jnp.asarray(RGB_FROM_YUV, image.dtype)
     yuv = jnp.einsum("yr,hwr->hwy", jnp.linalg.inv(matrix), image)
-    low, high = jnp.asarray(YUV_LOW), jnp.asarray(YUV_HIGH)
+    low, high = jnp.asarray(YUV_LOW, image.dtype), jnp.asarray(YUV_HIGH, image.dtype)
     points = colors.shape[0]
     place = jnp.clip((yuv - low) / (high - low), 0.0, 1.0) * (points - 1)
-    weights = jnp.maximum(0.0, 1 - jnp.abs(place[..., None] - jnp.arange(points)))
+    weights = jnp.maximum(
+        0.0, 1 - jnp.abs(place[..., None] - jnp.arange(points, dtype=image.dtype))
+    )
     along = [weights[:, :, axis] for axis in range(3)]
     moved = jnp.einsum("hwi,hwj,hwk,ijkc->hwc", *along, colors)
     return image + jnp.einsum("ry,hwy->hwr", matrix, moved)
@@ -224,7 +226,8 @@ def recolor(image: jax.Array, colors: jax.Array) -> jax.Array:
 def roughness(colors: jax.Array) -> jax.Array:
     """Returns the sum of squared differences of neighboring points, [..., g, g, g, 3] -> []."""
     return sum(
-        (jnp.sum(jnp.diff(colors, axis=axis) ** 2) for axis in (-4, -3, -2)), start=jnp.zeros(())
+        (jnp.sum(jnp.diff(colors, axis=axis) ** 2) for axis in (-4, -3, -2)),
+        start=jnp.zeros((), colors.dtype),
     )
 
 

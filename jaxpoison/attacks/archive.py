@@ -111,7 +111,7 @@ def save(path: str | os.PathLike, poisoned: PoisonedDataset, *, as_uint8: bool =
             entries[name] = to_uint8(entries[name])
     entries["attack_id"] = checked.attack_id.astype(np.int8)
     with replacing(path) as file:
-        np.savez_compressed(file, **entries)
+        np.savez_compressed(file, **entries)  # pyright: ignore[reportArgumentType]
 
 
 def load(path: str | os.PathLike, *, num_classes: int | None = None) -> PoisonedDataset:

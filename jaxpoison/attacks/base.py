@@ -215,7 +215,7 @@ def check_victim(victim: Any, name: str = "victim") -> None:
 def check_key(key: Any) -> None:
     """Raises a TypeError unless `key` is a PRNG key."""
     is_raw = getattr(key, "shape", None) == (2,) and key.dtype == np.uint32
-    if not is_raw and not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+    if not is_raw and not jnp.issubdtype(getattr(key, "dtype", np.void), jax.dtypes.prng_key):
         raise TypeError(f"key is a {type(key).__name__}; expected a PRNG key, jax.random.key(seed)")
 
 
@@ -228,7 +228,10 @@ def network_of(victim: Any, image_shape: Sequence[int], name: str = "victim") ->
       name: what to call it in a message.
     """
     check_victim(victim, name)
-    return as_network(victim[0], image_shape=tuple(image_shape)).without_variables()
+    network = as_network(victim[0], image_shape=tuple(image_shape)).without_variables()
+    if network.num_classes is None:
+        raise ValueError(f"{name}: its number of classes is not known; give num_classes=...")
+    return network
 
 
 def networks_of(substitutes: Any, image_shape: Sequence[int]) -> tuple[Network, ...]:

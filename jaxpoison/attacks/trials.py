@@ -198,7 +198,7 @@ def poison(
 ) -> list[PoisonedDataset]:
     """Returns the poisoned training set of each trial, in 8-bit pixels.
 
-    A trial's poisons follow from `key` and the id of its target, whatever is crafted beside it.
+    A trial's poisons follow from `key` and the id of its target, whatever is crafted with it.
 
     Args:
       key: PRNG key.
@@ -210,7 +210,7 @@ def poison(
 
     Returns:
       T sets: images uint8 [N, H, W, C] with the poisons in place of their bases, and the target
-      as `.target`. `config["objective"]` holds the first and the last value of what was minimised.
+      as `.target`. `config["objective"]` holds the first and the last value of what was minimized.
 
     Raises:
       TypeError: for an attack without a target, or arguments of another kind.

@@ -201,23 +201,25 @@ def check_trusted(
         )
 
 
-def check_alike(trusted: Dataset, train: Dataset) -> None:
+def check_alike(trusted: Dataset, train: Dataset, num_classes: int | None = None) -> None:
     """Raises a ValueError unless a network for `train` can be given the images of `trusted`.
 
     Args:
         trusted: the trusted examples, checked by `check_trusted`.
-        train: the training set, checked by `check`. Its largest label bounds those of `trusted`:
-            a network need not have an output for a class that nothing is trained on.
+        train: the training set, checked by `check`.
+        num_classes: of the network. Where it is not known the largest label of `train` bounds those
+            of `trusted`: a network need not have an output for a class that nothing is trained on.
 
     Raises:
-        ValueError: if image sizes differ, or trusted labels go beyond the training set's.
+        ValueError: if image sizes differ, or trusted labels go beyond the network's.
     """
     if trusted.images.shape[1:] != train.images.shape[1:]:
         raise ValueError(
             f"trusted images are {trusted.images.shape[1:]}, training images "
             f"{train.images.shape[1:]}; give both the same size and channels"
         )
-    labels_.check_range(np.asarray(trusted.labels), int(np.max(train.labels)) + 1, "trusted set")
+    bound = int(np.max(train.labels)) + 1 if num_classes is None else num_classes
+    labels_.check_range(np.asarray(trusted.labels), bound, "trusted set")
 
 
 def _is_array(value: Any) -> bool:

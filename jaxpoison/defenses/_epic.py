@@ -15,17 +15,20 @@ greedy choice is exact; a step updates the gains by the rows whose best medoid h
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpoison.core import devices, loops
-from jaxpoison.data import check, to_float
+from jaxpoison.core import devices
+from jaxpoison.core.settings import check_range, settle
+from jaxpoison.data import Dataset, check
+from jaxpoison.defenses._checks import check_acts, check_between, check_kind
 from jaxpoison.defenses._ids import NO_ID, for_rows
-from jaxpoison.models import Classifier
+from jaxpoison.network import Network, as_network, logits
 from jaxpoison.training.hooks import UNCHANGED, Defense, Info, select
 
 ROWS_AT_ONCE = 64  # of the similarities, when gains are updated
@@ -44,6 +47,23 @@ class EpicConfig:
     last: int = 70
     """Last such epoch: that of the recipe's last milestone."""
 
+    def __post_init__(self):
+        settle(self)
+        check_between(self, "fraction", 0, 1)
+        check_range(self, "start", 0, whole=True)
+        check_range(self, "every", 1, whole=True)
+        check_range(self, "last", 0, whole=True)
+        if not self.epochs:
+            raise ValueError(
+                f"no epoch from start = {self.start} to last = {self.last} divides by every = "
+                f"{self.every}, so EPIC would never act"
+            )
+
+    @property
+    def epochs(self) -> range:
+        """The epochs before which examples may be dropped."""
+        return range(-(-self.start // self.every) * self.every, self.last + 1, self.every)
+
 
 class EpicState(NamedTuple):
     """What EPIC remembers.
@@ -58,75 +78,115 @@ class EpicState(NamedTuple):
 
 
 def epic(
-    model: Classifier,
+    model: Any,
     config: EpicConfig = EpicConfig(),
     *,
     batch_size: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Defense:
-    """Returns EPIC as a defence.
+    """Returns EPIC as a defense.
 
     The info of a selection holds `dropped`: how many examples were dropped so far, and `chosen`:
     which. A class is compared with itself in one matrix, of n_c^2 float32.
 
     Args:
-      model: the network that is trained.
+      model: the network that is trained, a `Network` or what `network.as_network` takes.
       config: see `EpicConfig`.
       batch_size: images in one pass for the logits; None: as in `loops.even_batches`.
       mesh: devices to use; default all.
 
     Raises:
-      ValueError: from here for bad settings, from `init` for a bad training set.
+      TypeError: for arguments of another kind. ValueError: from `init` for a bad training set, or
+        a run that ends before the first selection.
     """
-    _check(config)
+    check_kind(config, EpicConfig)
     mesh = devices.data_mesh() if mesh is None else mesh
+    run = Run(as_network(model), config, batch_size, mesh)
+    return Defense(functools.partial(init, run), functools.partial(on_epoch, run))
 
-    def logits_of(variables, images):
-        return jnp.asarray(model.apply(variables, to_float(images)))
 
-    logits = loops.map_batches(logits_of, batch_size=batch_size, mesh=mesh)
+class Run(NamedTuple):
+    """What EPIC is told once.
 
-    @jax.jit
-    def isolated(logits, labels, members, valid, budgets):
-        proxies = jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1])
+    Attributes:
+      network: that is trained.
+      config: see `EpicConfig`.
+      batch_size: images in one pass.
+      mesh: devices to use.
+    """
 
-        def of_class(arguments):
-            rows, valid, budget = arguments
-            similarity = similarities(proxies[rows], valid)
-            medoids = facility_location(similarity, valid, budget)
-            return alone(similarity, medoids) & valid
+    network: Network
+    config: EpicConfig
+    batch_size: int | None
+    mesh: jax.sharding.Mesh
 
-        flags = lax.map(of_class, (members, valid, budgets))
-        return jnp.zeros(labels.shape, bool).at[members].max(flags)
 
-    def init(key, dataset, num_epochs):
-        check(dataset, model.num_classes)
-        if num_epochs <= config.start:
-            raise ValueError(
-                f"EPIC would begin before epoch start = {config.start} of {num_epochs} epochs, so "
-                "never: choose an earlier start or train longer"
-            )
-        kept = jnp.ones(len(dataset.labels), bool)
-        return devices.replicate(EpicState(key, kept), mesh)
+def init(run: Run, key: jax.Array, dataset: Dataset, num_epochs: int) -> EpicState:
+    """Returns the state before the first epoch; see `training.hooks.InitFn`."""
+    check(dataset)
+    check(dataset, run.network.for_images(dataset.images.shape[1:]).num_classes)
+    epochs = run.config.epochs
+    check_acts("EPIC", f"first selection, before epoch {epochs[0]},", epochs, num_epochs)
+    kept = jnp.ones(len(dataset.labels), bool)
+    return devices.replicate(EpicState(key, kept), run.mesh)
 
-    def on_epoch(state, epoch, train_state, dataset):
-        info = UNCHANGED
-        if config.start <= epoch <= config.last and epoch % config.every == 0:
-            labels = np.asarray(dataset.labels)
-            members, valid = class_members(labels, model.num_classes)
-            budgets = medoid_budgets(
-                jax.random.fold_in(state.key, epoch), valid.sum(axis=1), config.fraction
-            )
-            outputs = logits(train_state.variables, dataset.images)
-            dropped = isolated(outputs, dataset.labels, members, valid, budgets)
-            lost = jnp.where(dropped & (dataset.ids >= 0), dataset.ids, NO_ID)
-            state = state._replace(kept=state.kept.at[lost].set(False, mode="drop"))
-            gone = np.flatnonzero(~devices.to_host(state.kept))
-            info = Info({"dropped": len(gone)}, gone, changed=True)
-        kept = devices.to_host(for_rows(state.kept, dataset.ids, missing=True))
-        return state, select(dataset, kept), info
 
-    return Defense(init, on_epoch)
+def on_epoch(
+    run: Run, state: EpicState, epoch: int, train_state: Any, dataset: Dataset
+) -> tuple[EpicState, Dataset, Info]:
+    """Drops examples before the epochs of `config.epochs`; see `training.hooks.EpochFn`."""
+    info = UNCHANGED
+    if epoch in run.config.epochs:
+        key = jax.random.fold_in(state.key, epoch)
+        dropped = selection(run, key, train_state.variables, dataset)
+        lost = jnp.where(dropped & (dataset.ids >= 0), dataset.ids, NO_ID)
+        state = state._replace(kept=state.kept.at[lost].set(False, mode="drop"))
+        gone = np.flatnonzero(~devices.to_host(state.kept))
+        info = Info({"dropped": len(gone)}, gone, changed=True)
+    kept = devices.to_host(for_rows(state.kept, dataset.ids, missing=True))
+    return state, select(dataset, kept), info
+
+
+def selection(run: Run, key: jax.Array, variables: Any, dataset: Dataset) -> jax.Array:
+    """Returns which examples no other resembles, bool [N]."""
+    outputs = logits(
+        run.network, variables, dataset.images, batch_size=run.batch_size, mesh=run.mesh
+    )
+    members, valid = class_members(np.asarray(dataset.labels), outputs.shape[1])
+    budgets = medoid_budgets(key, valid.sum(axis=1), run.config.fraction)
+    return isolated(outputs, dataset.labels, members, valid, budgets)
+
+
+@jax.jit
+def isolated(
+    logits: jax.Array, labels: jax.Array, members: jax.Array, valid: jax.Array, budgets: jax.Array
+) -> jax.Array:
+    """Returns which examples are medoids without followers in their class, bool [N].
+
+    Args:
+      logits: float32 [N, K].
+      labels: int32 [N].
+      members: rows of each class, int32 [K, largest class]; see `class_members`.
+      valid: which of them are meant, bool of the same shape.
+      budgets: medoids of each class, int32 [K].
+    """
+    proxies = jax.nn.softmax(logits)
+    proxies -= jax.nn.one_hot(labels, logits.shape[-1], dtype=proxies.dtype)
+    flags = lax.map(functools.partial(isolated_in_class, proxies), (members, valid, budgets))
+    return jnp.zeros(labels.shape, bool).at[members].max(flags)
+
+
+def isolated_in_class(proxies: jax.Array, of_class: Any) -> jax.Array:
+    """Returns which members of a class are medoids without followers, bool [n].
+
+    Args:
+      proxies: a_i of all examples, float32 [N, K].
+      of_class: (rows, valid, budget) of the class, [n], [n] and [].
+    """
+    rows, valid, budget = of_class
+    similarity = similarities(proxies[rows], valid)
+    medoids = facility_location(similarity, valid, budget)
+    return alone(similarity, medoids) & valid
 
 
 def similarities(proxies: jax.Array, valid: jax.Array) -> jax.Array:
@@ -137,7 +197,7 @@ def similarities(proxies: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def facility_location(similarity: jax.Array, valid: jax.Array, budget: jax.Array) -> jax.Array:
-    """Returns the greedy maximiser S of sum_i max_{j in S} similarity_ij, bool [n].
+    """Returns the greedy maximizer S of sum_i max_{j in S} similarity_ij, bool [n].
 
     Args:
       similarity: float32 [n, n], not negative.
@@ -163,7 +223,8 @@ def facility_location(similarity: jax.Array, valid: jax.Array, budget: jax.Array
         gains, _ = lax.while_loop(lambda carry: carry[1].any(), lower, (gains, better > best))
         return chosen.at[medoid].set(True), better, gains
 
-    start = jnp.zeros(num_examples, bool), jnp.zeros(num_examples), jnp.sum(similarity, axis=0)
+    gains = jnp.sum(similarity, axis=0)
+    start = jnp.zeros(num_examples, bool), jnp.zeros_like(gains), gains
     return lax.fori_loop(0, budget, choose, start)[0]
 
 
@@ -197,12 +258,3 @@ def medoid_budgets(key: jax.Array, sizes: np.ndarray, fraction: float) -> jax.Ar
     excess = int(budgets.sum()) - max(1, int(fraction * sizes.sum() + 1e-9))
     order = jax.random.permutation(key, np.flatnonzero(budgets > 1))
     return jnp.asarray(budgets).at[order[: max(excess, 0)]].add(-1)
-
-
-def _check(config):
-    if not 0 < config.fraction <= 1:
-        raise ValueError(f"fraction must be in (0, 1], not {config.fraction}")
-    if config.every < 1 or config.start < 0:
-        raise ValueError(
-            f"every must be at least 1 and start at least 0, not {config.every} and {config.start}"
-        )

@@ -169,19 +169,19 @@ def _roc_curve(score, is_poisoned, fpr):
     num_poisons, num_clean = jnp.sum(is_poisoned), jnp.sum(~is_poisoned)
     # With each score as the threshold, from the highest one down; before it, nothing is flagged.
     order = jnp.argsort(-ranks.below)
-    points = (
-        _ratio(jnp.concatenate([jnp.zeros(1, jnp.int32), (total - below)[order]]), total)
-        for total, below in (
-            (num_clean, ranks.clean_below),
-            (num_poisons, ranks.poisons_below),
-        )
-    )
-    x, y = points
-    left = jnp.searchsorted(x, fpr, side="right") - 1  # the last point not beyond: the upper end
+    zero = jnp.zeros(1, jnp.int32)
+    x = jnp.concatenate([zero, (num_clean - ranks.clean_below)[order]]).astype(fpr.dtype)
+    y = jnp.concatenate([zero, (num_poisons - ranks.poisons_below)[order]]).astype(fpr.dtype)
+    at = fpr * num_clean
+    # A rate that means a whole number of examples, such as 0.8 of 30, is that number.
+    whole = jnp.round(at)
+    at = jnp.where(jnp.abs(at - whole) <= 8 * jnp.finfo(at.dtype).eps * num_clean, whole, at)
+    left = jnp.searchsorted(x, at, side="right") - 1  # the last point not beyond: the upper end
     right = jnp.minimum(left + 1, len(score))
     width = x[right] - x[left]
-    part = jnp.where(width > 0, (fpr - x[left]) / jnp.where(width > 0, width, 1.0), 0.0)
-    return y[left] + part * (y[right] - y[left]) + _nan_if_any(score)
+    part = jnp.where(width > 0, (at - x[left]) / jnp.where(width > 0, width, 1.0), 0.0)
+    curve = _ratio(y[left] + part * (y[right] - y[left]), num_poisons)
+    return jnp.where(num_clean > 0, curve, jnp.nan) + _nan_if_any(score)
 
 
 def _nan_if_any(score):

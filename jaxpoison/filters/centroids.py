@@ -4,7 +4,7 @@ For one block of one layer, with weights w_n and labels y_n (eq. 4 of arXiv 2403
 
     n_y = sum w,   m_y = sum w mu_n / n_y,   V_y = sum w var_n / n_y + sum w (mu_n - m_y)^2 / n_y
 
-The sums run over the examples labelled y. V_y, within plus between examples, is what a BatchNorm
+The sums run over the examples labeled y. V_y, within plus between examples, is what a BatchNorm
 layer would measure on the class as one batch; `variance="mean"` leaves the second term out.
 """
 
@@ -213,7 +213,7 @@ def shrink(trusted: Centroids, dataset: Centroids, tau: float) -> Centroids:
     """Returns (n_t trusted + tau dataset) / (n_t + tau), n_t a class's trusted examples; tau > 0.
 
     Poisons of the data set can then move the centroids again, the more the larger tau. The spread,
-    and so the scale of standardised distances, stays that of the trusted examples.
+    and so the scale of standardized distances, stays that of the trusted examples.
     """
     share = jnp.where(dataset.count > 0, tau / (trusted.count + tau), 0)[:, None]
 

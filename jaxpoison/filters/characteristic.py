@@ -524,14 +524,15 @@ def _extractor(
         model, kwargs = from_nnx(model, **modes), None
     elif isinstance(model, nn.Module) and kwargs is None:
         try:
-            kwargs = dict(as_network(model).eval_kwargs)
+            network: Any = as_network(model)
+            kwargs = dict(network.eval_kwargs)
         except ValueError:  # its mode cannot be told from the signature: as it is
             kwargs = None
     elif not isinstance(model, nn.Module | Network):
         as_network(model)  # raises
     scaled = of_dataset or isinstance(model, Network) or hasattr(model, "num_features")
     if variables is None:
-        variables = getattr(model, "variables", None)
+        variables = model.variables if isinstance(model, Network) else None
         if variables is None:
             raise TypeError(f"variables of the {type(model).__name__} are missing")
     if isinstance(model, Network):

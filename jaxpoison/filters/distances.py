@@ -98,7 +98,7 @@ def fisher_weights(centroids: Centroids) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mahalanobis:
-    """A covariance within classes, of standardised and weighted coordinates u = factor (x - c).
+    """A covariance within classes, of standardized and weighted coordinates u = factor (x - c).
 
     Sigma = ridge I + slope Z'Z, for fewer examples than coordinates inverted by way of the n x n
     matrix of their products:

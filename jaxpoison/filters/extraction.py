@@ -131,10 +131,12 @@ def apply_and_extract(
         raise ValueError("mutable= is set by the extraction; leave it out of the arguments")
     if isinstance(model, nnx.Module):
         model = as_network(model)
-    linen = getattr(model, "module", None) if isinstance(model, Network) else model
+    of_network = isinstance(model, Network)
+    linen = getattr(model, "module", None) if of_network else model
     if isinstance(linen, nn.Module):
-        if isinstance(model, Network):
-            x, apply_kwargs = model._prepared(x), {**dict(model.eval_kwargs), **apply_kwargs}
+        if of_network:
+            net: Any = model
+            x, apply_kwargs = net._prepared(x), {**dict(net.eval_kwargs), **apply_kwargs}
         capture = functools.partial(_capture, linen, variables, predicate, stats, apply_kwargs)
     elif hasattr(model, "tapped"):
         if stats != "input":

@@ -109,7 +109,7 @@ def by_class(fn: Callable[..., Any], *arrays: Any, labels: np.ndarray, **static:
     sizes = np.maximum(8, 2 ** np.ceil(np.log2(np.maximum(counts, 1))).astype(int))
     width = max([1, *(int(np.prod(array.shape[1:])) for array in arrays)])
     arrays = jax.tree.map(jnp.asarray, arrays)
-    rows_found, parts = [], []
+    rows_found, parts, outputs = [], [], None
     for size in np.unique(sizes[counts > 0]):
         mine = np.flatnonzero((sizes == size) & (counts > 0))
         at_once = int(np.clip(_CELLS // (size * max(size, width)), 1, len(mine)))

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
-from flax.core import unfreeze
 
 from jaxpoison.core import loops
 from jaxpoison.filters.centroids import Centroids, fit_centroids
@@ -156,13 +154,12 @@ def _wanted(model, x, preprocess, kwargs):
 
 def _flat(variables):
     """Returns {"params/Conv_0/kernel": shape}."""
-    collections = {
-        name: unfreeze(tree)
-        for name, tree in variables.items()
-        if name in ("params", "batch_stats") and isinstance(tree, Mapping)
+    collections = {n: tree for n, tree in variables.items() if n in ("params", "batch_stats")}
+    leaves = jax.tree_util.tree_leaves_with_path(collections)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(jnp.shape(leaf))
+        for path, leaf in leaves
     }
-    flat = traverse_util.flatten_dict(collections, sep="/")
-    return {path: jnp.shape(array) for path, array in flat.items()}
 
 
 def _passes(extractor, settings, mesh):

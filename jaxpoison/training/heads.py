@@ -63,6 +63,7 @@ def fit_head(
     num_classes: int,
     recipe: HeadRecipe = HEAD,
     keep: jax.Array | None = None,
+    bias: bool = True,
 ) -> Any:
     """Returns a head, `{"kernel": [d, K], "bias": [K]}`, trained from new initial values.
 
@@ -74,6 +75,7 @@ def fit_head(
       recipe: how to train.
       keep: bool [N], the examples to train on, e.g. those a filter keeps; default all. The steps
         are those of a training set that never held the others.
+      bias: whether the head has one.
 
     Raises:
       ValueError: if features, labels and `keep` do not fit each other, or (outside `jit`) a label
@@ -82,7 +84,8 @@ def fit_head(
     features, labels, keep = _checked(features, labels, keep, num_classes)
     init_key, order_key = jax.random.split(key)
     epoch = _epoch(order_key, features, labels, keep, recipe)
-    shapes = {"kernel": (features.shape[1], num_classes), "bias": (num_classes,)}
+    shapes: dict[str, Any] = {"kernel": (features.shape[1], num_classes)}
+    shapes |= {"bias": (num_classes,)} if bias else {}
     like = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     carry = _start(init_key, like, recipe)
     (head, _), _ = jax.lax.scan(
