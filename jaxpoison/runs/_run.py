@@ -19,8 +19,8 @@ from jaxpoison.core.files import check_writable, write_text
 from jaxpoison.runs import lock
 from jaxpoison.runs._environment import environment
 from jaxpoison.runs._files import plain, read_json, write_json
-from jaxpoison.runs.cache import use_compilation_cache
 from jaxpoison.runs._program import require_space
+from jaxpoison.runs.cache import use_compilation_cache
 
 PLACE = "run_dir"  # no setting: a run may be moved, and its folder named in other ways
 

@@ -5,9 +5,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
+from jaxpoison.runs._program import disk_is_full
 from jaxpoison.runs._progress import Meter, say
 from jaxpoison.runs._run import Run
-from jaxpoison.runs._program import disk_is_full
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
