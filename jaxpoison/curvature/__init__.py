@@ -18,6 +18,6 @@ from jaxpoison.curvature._exact import gauss_newton as gauss_newton
 from jaxpoison.curvature._exact import hessian as hessian
 from jaxpoison.curvature._exact import linear_head as linear_head
 from jaxpoison.curvature._exact import with_l2 as with_l2
-from jaxpoison.curvature._product import Curvature as Curvature
 from jaxpoison.curvature._product import minibatch_product as minibatch_product
 from jaxpoison.curvature._product import product as product
+from jaxpoison.curvature.base import Curvature as Curvature

@@ -1,5 +1,6 @@
 """Exact curvatures: the Hessian, Gauss-Newton, the last linear layer, and a penalty on weights."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,9 @@ from jax import lax
 from jax.tree_util import Partial
 
 from jaxpoison.core.batches import Batch, LossFn, count_examples, split_batch, weighted_loss
+from jaxpoison.core.heads import check_head, check_labels, head_logits, one_for_classes
 from jaxpoison.core.trees import LinearMap, Params
-from jaxpoison.curvature._product import Curvature
+from jaxpoison.curvature.base import Curvature
 
 
 def hessian(loss_fn: LossFn) -> Curvature:
@@ -19,18 +21,22 @@ def hessian(loss_fn: LossFn) -> Curvature:
     Args:
       loss_fn: `loss_fn(params, batch) -> losses[B]`.
     """
+    return _Hessian(loss_fn)
 
-    def curvature(params, batch, weights):
-        gradient = jax.grad(lambda p: weighted_loss(loss_fn, p, batch, weights))
+
+@dataclasses.dataclass(frozen=True)
+class _Hessian:
+    losses: LossFn
+
+    def __call__(self, params, batch, weights):
+        gradient = jax.grad(lambda p: weighted_loss(self.losses, p, batch, weights))
         return jax.linearize(gradient, params)[1]
-
-    return curvature
 
 
 def gauss_newton(
     output_fn: Callable[[Params, Any], Any], output_loss: Callable[[Any, Any], jax.Array]
 ) -> Curvature:
-    """Returns the generalised Gauss-Newton matrix of a loss on the outputs of a network.
+    """Returns the generalized Gauss-Newton matrix of a loss on the outputs of a network.
 
     The product is J^T (H_out (J u)): a forward-mode pass, the true Hessian of the loss on the
     outputs (forward-mode over its gradient), and a reverse-mode pass.
@@ -40,16 +46,24 @@ def gauss_newton(
       output_loss: `output_loss(outputs, targets) -> losses[B]`. The matrix is positive
         semi-definite when this is convex in `outputs`, as cross-entropy of logits is.
     """
+    return _GaussNewton(output_fn, output_loss)
 
-    def curvature(params, batch, weights):
+
+@dataclasses.dataclass(frozen=True)
+class _GaussNewton:
+    output_fn: Callable[[Params, Any], Any]
+    output_loss: Callable[[Any, Any], jax.Array]
+
+    def __call__(self, params, batch, weights):
         inputs, targets = split_batch(batch)
-        outputs, push = jax.linearize(lambda p: output_fn(p, inputs), params)
-        gradient = jax.grad(lambda f: weighted_loss(output_loss, f, targets, weights))
+        outputs, push = jax.linearize(lambda p: self.output_fn(p, inputs), params)
+        gradient = jax.grad(lambda f: weighted_loss(self.output_loss, f, targets, weights))
         output_hessian = jax.linearize(gradient, outputs)[1]
-
         return Partial(_gauss_newton_product, push, output_hessian)
 
-    return curvature
+    def losses(self, params, batch):
+        inputs, targets = split_batch(batch)
+        return self.output_loss(self.output_fn(params, inputs), targets)
 
 
 def _gauss_newton_product(push, output_hessian, u):
@@ -66,30 +80,35 @@ def linear_head(params: Params, batch: Batch, weights: jax.Array) -> LinearMap:
     network, given its features once.
 
     Args:
-      params: `{"kernel": [d, K], "bias": [K]}`.
-      batch: features `[N, d]` and labels, which H does not depend on.
+      params: `{"kernel": [d, K], "bias": [K]}`; "bias" may be missing.
+      batch: features `[N, d]` and labels `[N]`, which H does not depend on: None will do. Labels
+        that are no classes are an error; under `jit` they make H NaN.
       weights: scalar or `[N]`.
+
+    Raises:
+      ValueError: for another head or labels, as `influence.linear_head_loss`.
     """
-    features, _ = split_batch(batch)
+    features, labels = split_batch(batch)
+    check_head(params, features)
     features = jnp.asarray(features, params["kernel"].dtype)
-    probabilities = jax.nn.softmax(_affine(features, params))
-    weights = jnp.broadcast_to(weights, features.shape[:1]).astype(features.dtype)
+    num_examples, num_classes = len(features), params["kernel"].shape[1]
+    weights = jnp.broadcast_to(weights, (num_examples,)).astype(features.dtype)
+    if labels is not None:
+        check_labels(labels, num_examples, num_classes)
+        weights = weights * one_for_classes(labels, num_classes, weights.dtype)
+    probabilities = jax.nn.softmax(head_logits(params, features))
     return Partial(_linear_head_product, features, probabilities, weights)
 
 
 def _linear_head_product(features, probabilities, weights, u):
-    pz = probabilities * _affine(features, u)
+    pz = probabilities * head_logits(u, features)
     errors = pz - probabilities * jnp.sum(pz, axis=-1, keepdims=True)
     errors = weights[:, None] * errors
     # As [K, d], which XLA's CPU backend computes twice as fast as features.T @ errors. The barrier
     # keeps the compiler from turning the one into the other.
     kernel = jnp.einsum("nk,nd->kd", errors, features, precision=lax.Precision.HIGHEST)
-    return {"kernel": lax.optimization_barrier(kernel).T, "bias": jnp.sum(errors, axis=0)}
-
-
-def _affine(features, head):
-    # Full precision: in TF32 or bfloat16 a solver cannot pass a residual of about 1e-3.
-    return jnp.matmul(features, head["kernel"], precision=lax.Precision.HIGHEST) + head["bias"]
+    parts = {"kernel": lax.optimization_barrier(kernel).T, "bias": jnp.sum(errors, axis=0)}
+    return jax.tree_util.tree_map_with_path(lambda path, _: parts[path[-1].key], u)
 
 
 def with_l2(curvature: Curvature, strength: Any) -> Curvature:
@@ -104,12 +123,22 @@ def with_l2(curvature: Curvature, strength: Any) -> Curvature:
         prefix of it: `{"kernel": 5e-4, "bias": 0.0}`.
     """
 
-    def regularised(params, batch, weights):
-        total = jnp.sum(jnp.broadcast_to(weights, (count_examples(batch, "batch"),)))
-        strengths = jax.tree.map(lambda s: s * total, jax.tree.broadcast(strength, params))
-        return Partial(_add_diagonal, curvature(params, batch, weights), strengths)
+    return _WithL2(curvature, strength)
 
-    return regularised
+
+@dataclasses.dataclass(frozen=True)
+class _WithL2:
+    curvature: Curvature
+    strength: Any
+
+    def __call__(self, params, batch, weights):
+        total = jnp.sum(jnp.broadcast_to(weights, (count_examples(batch, "batch"),)))
+        strengths = jax.tree.map(lambda s: s * total, jax.tree.broadcast(self.strength, params))
+        return Partial(_add_diagonal, self.curvature(params, batch, weights), strengths)
+
+    @property
+    def losses(self):
+        return getattr(self.curvature, "losses", None)
 
 
 def _add_diagonal(multiply, diagonal, u):

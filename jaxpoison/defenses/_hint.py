@@ -132,10 +132,11 @@ def hint(
     """Returns HINT as a defense.
 
     The info of an update holds `residual` and `solver_steps` of the solve, where there is one (not
-    with solver="identity"); `step_255_q50`, `_q90`, `_q99`: quantiles of 255 gamma |I_pert| over chosen pixels (below 1, uint8 storage would lose
-    the step); `share_at_beta`: share of chosen pixels whose noise is at +-beta; the seconds of its
-    parts, `features_seconds`, `solve_seconds`, `scores_seconds` (first update only) and
-    `pixel_maps_seconds`; `chosen`; and with `mass` the share `ratio` that it takes.
+    with solver="identity"); `step_255_q50`, `_q90`, `_q99`: quantiles of 255 gamma |I_pert| over
+    chosen pixels (below 1, uint8 storage would lose the step); `share_at_beta`: share of chosen
+    pixels whose noise is at +-beta; the seconds of its parts, `features_seconds`, `solve_seconds`,
+    `scores_seconds` (first update only) and `pixel_maps_seconds`; `chosen`; and with `mass` the
+    share `ratio` that it takes.
 
     Args:
       model: the network that is trained, a `Network` or what `network.as_network` takes; its last
@@ -220,7 +221,7 @@ def update(
     head = network.head(variables)
     solution = lap("solve", solve(config, head, group, train, jax.random.fold_in(state.key, epoch)))
     if config.solver != "identity":
-        solvers.require_converged(solution, f"HINT's solve before epoch {epoch}")
+        solvers.require_usable(solution, f"HINT's solve before epoch {epoch}")
     if first and (config.ratio < 1 or config.mass is not None):
         length = len(state.chosen)
         chosen = choose(config, state.key, head, solution.value, train, dataset.ids, length)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+from flax import nnx
 
 from jaxpoison.network._linen import from_linen
 from jaxpoison.network._nnx import from_nnx

@@ -1,4 +1,4 @@
-"""Low-rank approximation of H by randomised Nystrom sketches, to solve and to precondition.
+"""Low-rank approximation of H by randomized Nystrom sketches, to solve and to precondition.
 
     H ~ U diag(lambda) U^T,    rank r, from r products with H (Frangella, Tropp & Udell 2023,
                                arXiv:2110.02820, algorithm 2.1)
@@ -6,21 +6,25 @@
 For positive semi-definite H: last layers, and Gauss-Newton matrices of whole networks.
 """
 
+import dataclasses
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from jaxpoison.core.checks import check_count, check_positive
+from jaxpoison.core.checks import check_count, check_positive, number
 from jaxpoison.core.spmd import device_local
 from jaxpoison.core.trees import LinearMap, Params, at_least_float32
-from jaxpoison.solvers.base import Solver, solve_and_measure
+from jaxpoison.solvers.base import Loop, Solver, Status, judge_noisy, solve_and_measure
 
 HIGHEST = lax.Precision.HIGHEST
 
 
 def nystrom(
-    *, damping: float, rank: int, tolerance: float = 0.1, columns_at_once: int = 16
+    *, damping: float, rank: int, tolerance: float = 0.01, columns_at_once: int = 16
 ) -> Solver:
     """Returns a direct solver for a rank-r approximation of a positive semi-definite H.
 
@@ -34,30 +38,44 @@ def nystrom(
       damping: added to the diagonal, in the units of H; positive.
       rank: r, the number of products with H; at most the number of parameters P counts. The sketch
         is an array of P x r.
-      tolerance: `converged` is set when the residual is finite and at most this.
+      tolerance: it converges if the residual is at most this. Above, and up to 0.5, the answer is
+        noisy but usable.
       columns_at_once: products computed under one `vmap`; bounds the memory of the batch.
     """
-    check_positive(damping=damping, tolerance=tolerance)
-    check_count(rank=rank, columns_at_once=columns_at_once)
+    return _Nystrom(number(damping), rank, number(tolerance), columns_at_once)
 
-    def solver(matvec, rhs, *, sample=None, key=None):
-        del sample
+
+@dataclasses.dataclass(frozen=True)
+class _Nystrom:
+    damping: Any
+    rank: int
+    tolerance: Any
+    columns_at_once: int
+
+    def __post_init__(self):
+        check_positive(damping=self.damping, tolerance=self.tolerance)
+        check_count(rank=self.rank, columns_at_once=self.columns_at_once)
+
+    def __call__(self, matvec, rhs, *, sample=None, key=None, progress=None):
+        del sample, progress
         if key is None:
             raise ValueError("nystrom is random: pass a PRNG key, as in key=jax.random.key(0)")
+        run = functools.partial(_run, self, key)
+        judge = functools.partial(judge_noisy, self.tolerance)
+        return solve_and_measure(matvec, rhs, self.damping, run, judge)
 
-        def run(damped, v):
-            def undamped(u):
-                return jax.tree.map(lambda hu, x: hu - damping * x, damped(u), u)
 
-            values, vectors = sketch(undamped, v, key, rank, columns_at_once)
-            flat, unravel = ravel_pytree(v)
-            x = _scale_range(vectors, flat, 1 / (values + damping), 1 / damping)
-            return unravel(x), (jnp.full_like(x, rank, jnp.int32, shape=()), jnp.isfinite(x).all())
+def _run(config, key, damped, v, loop):
+    def undamped(u):
+        return jax.tree.map(lambda hu, x: hu - config.damping * x, damped(u), u)
 
-        solution = solve_and_measure(matvec, rhs, damping, run)
-        return solution._replace(converged=solution.residual <= tolerance)
-
-    return solver
+    values, vectors = sketch(undamped, v, key, config.rank, config.columns_at_once, loop)
+    flat, unravel = ravel_pytree(v)
+    x = _scale_range(vectors, flat, 1 / (values + config.damping), 1 / config.damping)
+    # Only an indefinite H has a sketch that cannot be factorized.
+    status = jnp.where(jnp.isfinite(x).all(), int(Status.CONVERGED), int(Status.INDEFINITE))
+    num_steps = jnp.full_like(x, config.rank, jnp.int32, shape=())
+    return unravel(x), (num_steps, status, values[0] + config.damping)
 
 
 def nystrom_preconditioner(
@@ -80,7 +98,7 @@ def nystrom_preconditioner(
     check_positive(damping=damping)
     check_count(rank=rank, columns_at_once=columns_at_once)
     like = at_least_float32(like)
-    values, vectors = sketch(matvec, like, key, rank, columns_at_once)
+    values, vectors = sketch(matvec, like, key, rank, columns_at_once, Loop())
     inner = (values[-1] + damping) / (values + damping)
     _, unravel = ravel_pytree(like)
 
@@ -91,7 +109,7 @@ def nystrom_preconditioner(
 
 
 def sketch(
-    matvec: LinearMap, like: Params, key: jax.Array, rank: int, columns_at_once: int
+    matvec: LinearMap, like: Params, key: jax.Array, rank: int, columns_at_once: int, loop: Loop
 ) -> tuple[jax.Array, jax.Array]:
     """Returns eigenvalues `[r]`, falling, and orthonormal eigenvectors `[P, r]` of the sketch."""
     flat, unravel = ravel_pytree(like)
@@ -101,7 +119,7 @@ def sketch(
     def column(omega):
         return ravel_pytree(matvec(unravel(omega)))[0]
 
-    rows = lax.map(column, device_local(test.T, flat), batch_size=min(columns_at_once, rank))
+    rows = loop.map(column, device_local(test.T, flat), min(columns_at_once, rank))
     image = rows.T
     # A small multiple of the identity, taken off again below, keeps the factorisation definite.
     eps = jnp.finfo(flat.dtype).eps

@@ -10,6 +10,7 @@ from jax import lax
 from jaxpoison.core.checks import check_count
 from jaxpoison.core.spmd import device_local
 from jaxpoison.core.trees import LinearMap, Params, at_least_float32, dot, norm
+from jaxpoison.solvers.base import Loop, choose_loop
 
 
 class Spectrum(NamedTuple):
@@ -35,7 +36,7 @@ def spectrum(matvec: LinearMap, like: Params, key: jax.Array, *, num_steps: int 
     `lissa` on full batches converges if scale > (damping + `largest`) / 2; `cg` takes about
     sqrt((damping + `largest`) / damping) steps for each factor of e^2 in the residual.
 
-    The start vectors are orthogonalised fully, so the memory is that of `num_steps` vectors.
+    The start vectors are orthogonalized fully, so the memory is that of `num_steps` vectors.
     Not differentiated through. Lanczos 1950; the error bounds are those of Parlett 1980, ch. 13.
 
     Args:
@@ -48,8 +49,14 @@ def spectrum(matvec: LinearMap, like: Params, key: jax.Array, *, num_steps: int 
       ValueError: if num_steps < 1.
     """
     check_count(num_steps=num_steps)
-    start, _ = _normalised(_random_like(like, key))
-    start = device_local(start, jax.eval_shape(matvec, start))
+    start, _ = _normalized(_random_like(like, key))
+    run = functools.partial(_lanczos, matvec, num_steps)
+    return lax.stop_gradient(run(start, choose_loop(run, start, matvec)))
+
+
+def _lanczos(matvec, num_steps, start, loop):
+    if not loop.from_host:
+        start = device_local(start, jax.eval_shape(matvec, start))
 
     def against(basis, u):  # removes from u what lies in the span of the basis
         shares = jax.vmap(functools.partial(dot, u))(basis)
@@ -63,7 +70,7 @@ def spectrum(matvec: LinearMap, like: Params, key: jax.Array, *, num_steps: int 
         basis = jax.tree.map(lambda b, x: b.at[index].set(x), basis, q)
         hq = matvec(q)
         alpha = dot(q, hq)
-        following, beta = _normalised(against(basis, against(basis, hq)))
+        following, beta = _normalized(against(basis, against(basis, hq)))
         # Rounding is all that is left of a vector in an invariant subspace: the method is done.
         # The rest of the tridiagonal matrix then repeats its first entry, which lies inside the
         # spectrum and moves no end of it.
@@ -78,12 +85,13 @@ def spectrum(matvec: LinearMap, like: Params, key: jax.Array, *, num_steps: int 
     basis = jax.tree.map(lambda x: jnp.zeros_like(x, shape=(num_steps, *x.shape)), start)
     basis = device_local(basis, start)
     zeros = jnp.broadcast_to(jnp.zeros_like(dot(start, start)), (num_steps,))
-    _, diagonal, off_diagonal, _ = lax.fori_loop(0, num_steps, step, (basis, zeros, zeros, start))
+    state = basis, zeros, zeros, start
+    _, diagonal, off_diagonal, _ = loop.fori_loop(0, num_steps, loop.with_products(step), state)
 
     within = off_diagonal[:-1]
     ritz, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(within, 1) + jnp.diag(within, -1))
     errors = jnp.abs(off_diagonal[-1] * vectors[-1])
-    return lax.stop_gradient(Spectrum(ritz[0], ritz[-1], errors[0], errors[-1]))
+    return Spectrum(ritz[0], ritz[-1], errors[0], errors[-1])
 
 
 def power_iteration(
@@ -103,12 +111,22 @@ def power_iteration(
     """
     check_count(num_steps=num_steps)
 
-    def step(_, state):
-        return _normalised(matvec(state[0]))
+    def run(like, loop):
+        return top_eigenvalue(matvec, like, key, num_steps, loop)
 
+    return run(like, choose_loop(run, like, matvec))
+
+
+def top_eigenvalue(
+    matvec: LinearMap, like: Params, key: jax.Array, num_steps: int, loop: Loop
+) -> jax.Array:
+    def step(_, state):
+        return _normalized(matvec(state[0]))
+
+    step = loop.with_products(step)
     # The first product stands outside the loop: it settles over which devices the state varies.
-    state = step(0, _normalised(_random_like(like, key)))
-    return lax.stop_gradient(lax.fori_loop(1, num_steps, step, state)[1])
+    state = step(0, _normalized(_random_like(like, key)))
+    return lax.stop_gradient(loop.fori_loop(1, num_steps, step, state)[1])
 
 
 def _random_like(like, key):
@@ -119,8 +137,8 @@ def _random_like(like, key):
     )
 
 
-def _normalised(u):
+def _normalized(u):
     """Returns u / ||u|| (zero if u is) and ||u||."""
     size = norm(u)
-    inverse = jnp.where(size > 0, 1.0 / size, 0.0)
+    inverse = jnp.where(size > 0, 1.0 / jnp.where(size > 0, size, 1), 0.0)
     return jax.tree.map(lambda x: (inverse * x).astype(x.dtype), u), size
