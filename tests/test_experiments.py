@@ -217,9 +217,6 @@ def test_flags_of_inner_settings_are_named_and_presets_pass():
             {"defenses": ("none", "hint"), "recipe": {"epochs": 4}},
             "names no epoch of a run of 4 epochs",
         ),
-            {"defenses": ("none", "hint"), "recipe": {"epochs": 4}},
-            "names no epoch of a run of 4 epochs",
-        ),
         ({"attacks": ("pgd", "luck")}, "unknown attacks: luck; there are pgd, dap"),
     ],
 )
