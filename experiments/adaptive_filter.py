@@ -1,7 +1,7 @@
 """An attacker who knows the filter of arXiv 2403.13523, and pays a price for
 being flagged.
 
-  python experiments/transfer_filter.py --preset quick    # its extractor is used
+  python experiments/transfer_filter.py --preset quick   # its extractor is used
   python experiments/adaptive_filter.py --run-dir runs/transfer-cifar10-quick
 
 The poisons of a trial minimize the objective of bullseye polytope and that

@@ -1,7 +1,7 @@
 """Poisons, the filter and HINT where the extractor does not stay frozen
 (arXiv 2403.13523 leaves that open).
 
-  python experiments/transfer_filter.py --preset quick    # its extractor is used
+  python experiments/transfer_filter.py --preset quick   # its extractor is used
   python experiments/fine_tuning.py --run-dir runs/transfer-cifar10-quick
 
 The last b stages of the extractor are trained on the poisoned set together with

@@ -1,7 +1,7 @@
 """Targeted attacks on networks trained from scratch (Table III of
 arXiv 2309.08549).
 
-  python experiments/targeted.py --preset gm-laptop         # embedded slice, CPU
+  python experiments/targeted.py --preset gm-laptop   # embedded slice, CPU
   python experiments/targeted.py --preset gm-paper --data-dir DIR
   python experiments/targeted.py --preset mp-laptop --num-targets 4
 

@@ -1,8 +1,8 @@
 """The grid of HINT's Table II: all defenses and controls, over p and seeds, at
 three scales.
 
-  python experiments/untargeted.py --preset mnist-laptop    # embedded slice, CPU
-  python experiments/untargeted.py --preset cifar10-laptop  # and a narrow ResNet
+  python experiments/untargeted.py --preset mnist-laptop   # embedded slice, CPU
+  python experiments/untargeted.py --preset cifar10-laptop # and a narrow ResNet
   python experiments/untargeted.py --preset cifar10-paper --data-dir DIR \\
       --poison-ratios 0.6 1
 

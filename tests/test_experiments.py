@@ -151,7 +151,7 @@ def test_cifar_runs(tmp_path):
     [
         (("--poison-ratios", "1.5"), "poison ratios p must be in [0, 1], not 1.5"),
         (("--hint.ratio", "0.001"), "less than one example"),
-        (("--hint.schedule", "9"), "has no epoch below the run's 4"),
+        (("--hint.schedule", "9"), "names no epoch of a run of 4 epochs"),
         (("--epsilon", "8"), "epsilon is in units of pixels"),
         (("--data", "full", "--data-dir", "nowhere"), "jaxpoison.data.prepare"),
         (("--preset", "best"), "invalid choice: 'best'"),
@@ -213,7 +213,10 @@ def test_flags_of_inner_settings_are_named_and_presets_pass():
     [
         ({"train_examples": 32, "poison_ratios": (0.01,)}, "are 0 poisons, fewer than the 2"),
         ({"train_examples": 64}, "fewer than one batch"),
-        ({"defenses": ("none", "hint"), "recipe": {"epochs": 4}}, "no epoch below the run's 4"),
+        (
+            {"defenses": ("none", "hint"), "recipe": {"epochs": 4}},
+            "names no epoch of a run of 4 epochs",
+        ),
         ({"attacks": ("pgd", "luck")}, "unknown attacks: luck; there are pgd, dap"),
     ],
 )
