@@ -38,7 +38,7 @@ class Checkpoints:
         self.folder = Path(folder).expanduser().absolute()
         self.every = every
         self.identity = identity
-        hosts.on_main(lambda: check_writable(self.folder))
+        hosts.on_main(lambda: str(check_writable(self.folder)))  # as JSON can carry it
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.LatestN(1), enable_async_checkpointing=False
         )
