@@ -253,7 +253,7 @@ def test_the_preset_of_friendly_adversarial_training(norm):
     (x, y), net = pixels(train), Numpy(net_state)
     batch = Dataset(jnp.asarray(x, jnp.float32), jnp.asarray(y))
     defense = adversarial_training(MODEL, config)
-    got = defense.on_batch(jnp.int32(1), jax.random.key(5), net_state, batch).images
+    got = jax.jit(defense.on_batch)(jnp.int32(1), jax.random.key(5), net_state, batch).images
     start_key, steps_key = jax.random.split(jax.random.key(5))
 
     def norms(d):

@@ -1,7 +1,7 @@
 """Checks that several defenses make of their settings, of the run and of their trusted set."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from jaxpoison.core.settings import check_range
@@ -41,19 +41,19 @@ def check_schedule(config: Any, name: str) -> None:
         )
 
 
-def check_acts(defense: str, when: str, epochs: Iterable[int], num_epochs: int) -> None:
+def check_acts(defense: str, epochs: Sequence[int], num_epochs: int) -> None:
     """Raises a ValueError if a run of `num_epochs` epochs has none of `epochs`.
 
     Args:
       defense: its name, for the message.
-      when: its settings that say when it acts, for the message.
       epochs: those before which it acts.
       num_epochs: of the run.
     """
     if not any(epoch < num_epochs for epoch in epochs):
+        listing = ", ".join(map(str, epochs[:3])) + (", ..." if len(epochs) > 3 else "")
         raise ValueError(
-            f"{defense}'s {when} names no epoch of a run of {num_epochs} epochs (counted from 0), "
-            "so it would never act: choose earlier epochs or train longer"
+            f"{defense} acts before epoch {listing} (counted from 0), which a run of {num_epochs} "
+            "epochs never reaches: choose earlier epochs or train longer"
         )
 
 

@@ -125,8 +125,7 @@ def init(run: Run, key: jax.Array, dataset: Dataset, num_epochs: int) -> EpicSta
     """Returns the state before the first epoch; see `training.hooks.InitFn`."""
     check(dataset)
     check(dataset, run.network.for_images(dataset.images.shape[1:]).num_classes)
-    epochs = run.config.epochs
-    check_acts("EPIC", f"first selection, before epoch {epochs[0]},", epochs, num_epochs)
+    check_acts("EPIC", run.config.epochs, num_epochs)
     kept = jnp.ones(len(dataset.labels), bool)
     return devices.replicate(EpicState(key, kept), run.mesh)
 

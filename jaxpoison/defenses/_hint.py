@@ -184,7 +184,7 @@ def init(
     network = run.network.for_images(dataset.images.shape[1:])
     check(dataset, network.num_classes)
     check_alike(trusted, dataset, network.num_classes)
-    check_acts("HINT", f"schedule {run.config.schedule}", run.config.schedule, num_epochs)
+    check_acts("HINT", run.config.schedule, num_epochs)
     length = num_chosen(run.config, len(dataset.labels))
     state = HintState(
         key=key,
@@ -286,10 +286,8 @@ def solver(config: HintConfig) -> solvers.Solver:
             return solvers.cg(damping=damping)
         case "cholesky":
             return solvers.cholesky(damping=damping)
-        case "lissa":  # its mini-batches put a floor under the residual
-            return solvers.lissa(
-                damping=damping, scale=50.0, num_steps=980, batch_size=50, tolerance=0.5
-            )
+        case "lissa":
+            return solvers.lissa(damping=damping, scale=50.0, num_steps=980, batch_size=50)
         case _:
             return solvers.identity()
 
