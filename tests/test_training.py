@@ -14,7 +14,7 @@ from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import Defense
 from jaxpoison.training._fit import epoch_order, train_step
-from jaxpoison.training.hooks import Info
+from jaxpoison.training.hooks import Info, chain, none
 from jaxpoison.training.recipe import at_epoch, optimizer, steps_per_epoch
 
 QUICK = training.Recipe(
@@ -371,3 +371,25 @@ def test_what_is_no_network_or_no_data_set():
     with pytest.raises(ValueError, match=r"N, C, H, W"):
         moved = train._replace(images=np.moveaxis(random_set(27, 8).images, -1, 1))
         training.fit(linear_model(), QUICK, moved, key=jax.random.key(0))
+
+
+def test_hooks_of_another_form_are_errors_before_training():
+    fit = functools.partial(
+        training.fit, linear_model(), QUICK, random_set(27, 4), key=jax.random.key(0)
+    )
+    with pytest.raises(TypeError, match="defense is .*none; expected a training.hooks.Defense"):
+        fit(defense=none)
+    with pytest.raises(TypeError, match=r"expected init\(key, dataset, num_epochs\)"):
+        fit(defense=Defense(lambda key, dataset: ()))
+    with pytest.raises(TypeError, match=r"on_epoch returned a dict as info; expected .*Info"):
+        fit(defense=Defense(on_epoch=lambda state, epoch, train_state, dataset: ((), dataset, {})))
+
+
+@pytest.mark.parametrize("hook", ["on_batch", "finish"])
+def test_a_hook_that_a_loop_cannot_honor_is_an_error(hook):
+    model, train = linear_model(), random_set(27, 4)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+    defense = Defense(**{hook: lambda *arguments: arguments[-1]})
+    for given in (defense, chain(none(), defense)):
+        with pytest.raises(ValueError, match=f"has a hook {hook}.*training.fit"):
+            training.fit_defended_head(jax.random.key(0), model, variables, train, given)

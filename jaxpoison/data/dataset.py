@@ -104,8 +104,9 @@ def as_dataset(value: Any, name: str = "training set") -> Dataset:
     not copied. What the values are is for `check` to look at.
 
     Args:
-        value: a `Dataset`, a pair (images, labels), or a set that knows its `dataset`, such as a
-            `PoisonedDataset`. Arrays may be of NumPy, JAX or anything else that NumPy reads.
+        value: a `Dataset`, a pair (images, labels), with ids a triple, or a set that knows its
+            `dataset`, such as a `PoisonedDataset`. Arrays may be of NumPy, JAX or anything else
+            that NumPy reads.
         name: what to call the data set in a message.
 
     Raises:
@@ -114,7 +115,7 @@ def as_dataset(value: Any, name: str = "training set") -> Dataset:
             numbers, or pixels that no conversion keeps.
     """
     given: Any = getattr(value, "dataset", value)
-    if type(given) in (tuple, list) and len(given) == 2:
+    if type(given) in (tuple, list) and len(given) in (2, 3):
         given = Dataset(*given)
     _check_kind(given, name)
     images: Any = _as_images(given.images, name)

@@ -21,7 +21,16 @@ from jaxpoison.data import Dataset, as_dataset, check, random_translate_flip, to
 from jaxpoison.network import accuracy, as_network, shared
 from jaxpoison.training import recipe as recipes
 from jaxpoison.training.checkpoints import Checkpoints
-from jaxpoison.training.hooks import BatchFn, Defense, keep_batch, keep_epoch, none, with_ids
+from jaxpoison.training.hooks import (
+    BatchFn,
+    Defense,
+    checked,
+    checked_info,
+    keep_batch,
+    keep_epoch,
+    none,
+    with_ids,
+)
 from jaxpoison.training.recipe import Recipe
 from jaxpoison.training.state import TrainState, init_state
 
@@ -88,7 +97,7 @@ def fit(
         test = as_dataset(test, "test set")
         check(test, network.num_classes, "test set")
     mesh = devices.data_mesh() if mesh is None else mesh
-    defense = none() if defense is None else defense
+    defense = none() if defense is None else checked(defense)
     devices.check_divisible(recipe.batch_size, mesh)
     recipes.steps_per_epoch(recipe, len(train.labels))
     bn_frozen = transfer is not None and transfer.bn_frozen
@@ -118,7 +127,9 @@ def fit(
         defense_state, dataset, info = defense.on_epoch(defense_state, epoch, state, train)
         # However the defense made them: as a resumed run has them, and on every process's devices.
         defense_state, dataset = devices.replicate((defense_state, dataset), mesh)
-        metrics: dict[str, Any] = {name: float(value) for name, value in info.metrics.items()}
+        metrics: dict[str, Any] = {
+            name: float(value) for name, value in checked_info(info).metrics.items()
+        }
         if info.chosen is not None:
             metrics["chosen"] = np.isin(np.arange(len(train.labels)), devices.to_host(info.chosen))
         metrics["defense_seconds"] = time.perf_counter() - start

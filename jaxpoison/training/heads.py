@@ -19,7 +19,14 @@ from jaxpoison.core.settings import check_range, settle
 from jaxpoison.data import as_dataset, check
 from jaxpoison.data.labels import as_class_numbers
 from jaxpoison.network import as_network, features
-from jaxpoison.training.hooks import Defense, keep_batch, keep_result, with_ids
+from jaxpoison.training.hooks import (
+    Defense,
+    checked,
+    checked_info,
+    keep_batch,
+    keep_result,
+    with_ids,
+)
 from jaxpoison.training.recipe import check_milestones
 from jaxpoison.training.state import TrainState
 
@@ -128,6 +135,7 @@ def fit_defended_head(
     check(train)
     network = as_network(model, image_shape=train.images.shape[1:])
     check(train, network.num_classes)
+    checked(defense)
     for hook, nothing in (("on_batch", keep_batch), ("finish", keep_result)):
         if getattr(defense, hook) is not nothing:
             raise ValueError(
@@ -147,7 +155,7 @@ def fit_defended_head(
             jnp.int32(number), full["params"], full.get("batch_stats", {}), carry[1]
         )
         state, dataset, info = defense.on_epoch(state, number, current, train)
-        if number == 0 or info.changed:
+        if number == 0 or checked_info(info).changed:
             found = features(network, variables, dataset.images, mesh=mesh)
             # What the defense dropped is filled up, so that no other shape is compiled.
             missing = num_examples - len(found)

@@ -5,6 +5,7 @@ in every step. It never sees which examples are poisoned. Every example has an i
 set as collected, so a defense finds its own examples in whatever set another one has left.
 """
 
+import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -162,6 +163,41 @@ def chain(*defenses: Defense) -> Defense:
         keep_batch if all(d.on_batch is keep_batch for d in defenses) else on_batch,
         keep_result if all(d.finish is keep_result for d in defenses) else finish,
     )
+
+
+def checked(defense: Any) -> Defense:
+    """Returns `defense`; for the door of a loop.
+
+    Raises:
+      TypeError: if it is no `Defense`, or its `init` does not take what a loop gives to it.
+    """
+    if not isinstance(defense, Defense):
+        what = defense.__name__ if callable(defense) else type(defense).__name__
+        raise TypeError(
+            f"defense is {what}; expected a training.hooks.Defense, such as defenses.recommended("
+            "trusted) returns"
+        )
+    try:
+        inspect.signature(defense.init).bind(None, None, 1)
+    except TypeError as error:
+        raise TypeError(
+            f"the defense's init does not fit ({error}); expected init(key, dataset, num_epochs)"
+        ) from error
+    return defense
+
+
+def checked_info(info: Any) -> Info:
+    """Returns `info`, what an `on_epoch` has returned last.
+
+    Raises:
+      TypeError: if it is no `Info`.
+    """
+    if not isinstance(info, Info):
+        raise TypeError(
+            f"the defense's on_epoch returned a {type(info).__name__} as info; expected "
+            "training.hooks.Info(metrics={...}, chosen=ids or None, changed=True or False)"
+        )
+    return info
 
 
 def with_ids(dataset: Dataset) -> Dataset:
