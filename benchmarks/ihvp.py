@@ -6,7 +6,7 @@
 Solves (H + 0.5 I) x = v with v the gradient of the trusted examples' mean loss, which is part of
 the work, by conjugate gradients from zero; H is the mean over the training examples. A solve makes
 a product with H per step and one more to measure the residual; predicted is the arithmetic of
-those. The head's features are made anew in every solve, unless they are given.
+those. The head's features are made again in every solve, unless they are given.
 
 The Gauss-Newton matrix is another matrix, the one to take for whole networks: without negative
 eigenvalues, and a third cheaper to multiply with. Ratios compare it with products of the Hessian,

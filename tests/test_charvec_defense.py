@@ -35,15 +35,15 @@ class Body(nn.Module):
 MODEL = models.Classifier(Body(), num_features=4, num_classes=3)
 
 
-def coloured(num_examples, seed):
-    """Images in the colour of their class."""
+def colored(num_examples, seed):
+    """Images in the color of their class."""
     rng = np.random.default_rng(seed)
     labels = (np.arange(num_examples) % 3).astype(np.int32)
     images = 0.2 * rng.random((num_examples, 4, 4, 3)) + 0.6 * np.eye(3)[labels][:, None, None]
     return Dataset(images.astype(np.float32), labels)
 
 
-CLEAN, TRUSTED = coloured(40, 0), coloured(15, 1)
+CLEAN, TRUSTED = colored(40, 0), colored(15, 1)
 WRONG = np.array([3, 9, 17, 30])
 TRAIN = Dataset(CLEAN.images, np.where(np.isin(np.arange(40), WRONG), 2, CLEAN.labels))
 WRONG = np.flatnonzero(TRAIN.labels != CLEAN.labels)
@@ -150,7 +150,7 @@ HEAD = training.HeadRecipe(epochs=3, batch_size=None, milestones=(2,))
 
 
 def fit_head(train, defense=None, recipe=HEAD):
-    """By `fit_defended_head`, or by `fit_head` without a defence."""
+    """By `fit_defended_head`, or by `fit_head` without a defense."""
     key = jax.random.key(3)
     if defense is not None:
         return training.fit_defended_head(
@@ -165,7 +165,7 @@ def assert_same_head(one, other):
         np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_head_with_no_defence_is_that_of_fit_head():
+def test_a_head_with_no_defense_is_that_of_fit_head():
     recipe = dataclasses.replace(HEAD, batch_size=16)  # the last of three batches is not full
     assert_same_head(fit_head(TRAIN, none(), recipe), fit_head(TRAIN, recipe=recipe))
 
@@ -177,7 +177,7 @@ def test_a_head_behind_the_filter_is_that_of_what_is_left():
     assert np.abs(head["kernel"] - fit_head(TRAIN)["kernel"]).max() > 1e-3
 
 
-def test_a_defence_sees_the_head_and_features_follow_what_it_does_to_images(monkeypatch):
+def test_a_defense_sees_the_head_and_features_follow_what_it_does_to_images(monkeypatch):
     seen, passes, darker = [], [], TRAIN._replace(images=0.5 * TRAIN.images)
     real = heads.features
 
@@ -192,7 +192,7 @@ def test_a_defence_sees_the_head_and_features_follow_what_it_does_to_images(monk
     monkeypatch.setattr(heads, "features", counted)
     defense = Defense(on_epoch=on_epoch)
     fit_head(TRAIN, defense)
-    assert len(passes) == 2  # once, and once more when the defence said that it changed something
+    assert len(passes) == 2  # once, and once more when the defense said that it changed something
     np.testing.assert_array_equal(passes[0], TRAIN.images)
     np.testing.assert_array_equal(passes[1], darker.images)
     first = fit_head(TRAIN, none(), dataclasses.replace(HEAD, epochs=1))

@@ -182,7 +182,7 @@ def test_self_statistics_of_a_shared_layer_are_kept_apart():
     variables = variables_of(Shared(), x)
     charvec = extract(Shared(), variables, x, stats="self", train=True)
     assert charvec.paths == ("Norm_0/BatchNorm_0", "Norm_0/BatchNorm_0#2")
-    for n in range(2):  # the first call sees the input of the network that is not normalised yet
+    for n in range(2):  # the first call sees the input of the network that is not normalized yet
         calls = reference(Shared(), variables, x[n : n + 1])["Norm_0"]
         np.testing.assert_allclose(charvec.blocks[0].mean[n], calls[0].mean((0, 1, 2)), rtol=1e-5)
         assert np.abs(charvec.blocks[1].mean[n] - charvec.blocks[0].mean[n]).max() > 0.1

@@ -106,10 +106,10 @@ def test_jpeg_keeps_the_picture(kind):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_jpeg_takes_fine_noise_away(channels):
-    """A chequered pattern lies in the frequency that is rounded most coarsely."""
-    chequered = np.indices((16, 16)).sum(0)[None, ..., None] % 2
+    """A checkered pattern lies in the frequency that is rounded most coarsely."""
+    checkered = np.indices((16, 16)).sum(0)[None, ..., None] % 2
     flat = np.full((1, 16, 16, channels), 120, np.uint8)
-    noisy = (flat + 16 * chequered - 8).astype(np.uint8)
+    noisy = (flat + 16 * checkered - 8).astype(np.uint8)
     before, after = (
         np.asarray(jpeg().init(KEY, Dataset(images, np.zeros(1, np.int32)), 1))
         for images in (flat, noisy)

@@ -1067,7 +1067,8 @@ def test_a_full_disk_is_one_line_that_names_the_folder(tfds, tmp_path):
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.pyplot"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"matplotlib.*pip install 'jaxpoison\[experiments\]'$"):
         require("matplotlib.pyplot", extra="experiments")
     with pytest.raises(ImportError, match=r"\[tfds\]', or do without$"):

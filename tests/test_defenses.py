@@ -7,7 +7,7 @@ from defended import begin
 from jaxpoison import models, training
 from jaxpoison.core import devices
 from jaxpoison.data import Dataset
-from jaxpoison.defenses import Defense, chain, none
+from jaxpoison.defenses import Defense, chain, none, random_noise
 from jaxpoison.training.hooks import Info
 
 RECIPE = training.Recipe(epochs=2, batch_size=8, learning_rate=0.05, milestones=())
@@ -138,3 +138,9 @@ def test_the_set_as_collected_is_given_at_every_epoch():
     fit(Defense(on_epoch=on_epoch))
     assert len(means) == RECIPE.epochs
     assert means[0] == means[1] > 0.1
+
+
+def test_chains_of_equal_hooks_are_compiled_once():
+    first, second = (chain(random_noise(0.1), none()).on_batch for _ in range(2))
+    assert first == second and hash(first) == hash(second)
+    assert first != chain(random_noise(0.2), none()).on_batch

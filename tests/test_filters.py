@@ -21,7 +21,7 @@ N = 45
 
 
 def images(n=N, seed=0):
-    """Returns images of three classes (each a direction in colour space) and labels 2, 3, 4."""
+    """Returns images of three classes (each a direction in color space) and labels 2, 3, 4."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % 3)
     x = 0.7 * rng.standard_normal((n, 6, 6, 3)) + 0.5 * np.eye(3)[labels][:, None, None]
@@ -332,7 +332,7 @@ def test_networks_that_cannot_be_measured_or_need_care(no_warning):
 
 
 class Homemade(nn.Module):
-    """Normalises by the batch, always."""
+    """Normalizes by the batch, always."""
 
     @nn.compact
     def __call__(self, x):

@@ -67,7 +67,7 @@ def test_a_failure_is_recorded_and_does_not_stop_the_grid(grid):
     assert [(row["poison_ratio"], row["defense"]) for row in rows] == CELLS
     for row in rows:
         if row["poison_ratio"] == 1:
-            assert "not a readable archive" in row["error"] and "test_accuracy" not in row
+            assert "cannot be read as an archive" in row["error"] and "test_accuracy" not in row
         else:
             assert 0 <= row["test_accuracy"] <= 1 and "error" not in row
     assert "3 of 5 cells failed" in done.stderr

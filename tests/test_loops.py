@@ -67,7 +67,7 @@ def test_scan_without_outputs_or_without_steps(form):
 def test_training_steps_are_the_same_in_both_forms(monkeypatch):
     model, mesh = models.resnet18(width=4, blocks=(1,), num_classes=3), devices.data_mesh()
     recipe = Recipe(batch_size=8, max_shift=1.0)
-    optimiser = optimizer(recipe)
+    rule = optimizer(recipe)
     rng = np.random.default_rng(0)
     train = Dataset(
         rng.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8), rng.integers(0, 3, 24, dtype=np.int32)
@@ -76,8 +76,8 @@ def test_training_steps_are_the_same_in_both_forms(monkeypatch):
 
     def run(from_host):
         monkeypatch.setattr(loops, "steps_from_host", lambda: from_host)
-        run_epoch = loops.scan(train_step(model, recipe, optimiser, mesh))
-        state = init_state(model, optimiser, jax.random.key(0), (8, 8, 3))
+        run_epoch = loops.scan(train_step(model, recipe, rule, mesh))
+        state = init_state(model, rule, jax.random.key(0), (8, 8, 3))
         constants = devices.replicate(train, mesh), (), jax.random.key(2)
         return run_epoch(constants, devices.replicate(state, mesh), order)
 

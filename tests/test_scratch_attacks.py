@@ -306,7 +306,7 @@ def meta_poisoned():
     return meta(trials())
 
 
-def normalising_network(params, images):
+def normalizing_network(params, images):
     """A smooth network whose examples meet in batch statistics."""
     hidden = images.reshape(len(images), -1) @ params["first"]
     hidden = (hidden - hidden.mean(0)) / jnp.sqrt(hidden.var(0) + 0.1)
@@ -334,7 +334,7 @@ def test_the_unrolled_gradient_is_the_slope_of_literal_retraining(num_steps):
                 y = jnp.concatenate([jnp.ones(2, int), labels[step, 2:]])
 
                 def loss(weights, x=x, y=y):
-                    logits = normalising_network(weights, x)[:6]
+                    logits = normalizing_network(weights, x)[:6]
                     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
                 gradient = jax.jit(jax.grad(loss))(weights)
@@ -343,13 +343,13 @@ def test_the_unrolled_gradient_is_the_slope_of_literal_retraining(num_steps):
                 following = images[step + 1]
                 if step + 1 < num_steps:
                     following = following.at[:2].set(poisons)
-                z = normalising_network(weights, jnp.concatenate([following, targets]))[-1]
+                z = normalizing_network(weights, jnp.concatenate([following, targets]))[-1]
                 margins.append(max(z[0], z[2]) - z[1])
             return np.mean(margins)
 
         def ours(poisons):
             return unrolled_loss(
-                normalising_network, params, 0.3, images, labels, poisons, 1, targets
+                normalizing_network, params, 0.3, images, labels, poisons, 1, targets
             )
 
         value, gradient = jax.jit(jax.value_and_grad(ours))(poisons)
@@ -460,7 +460,7 @@ def test_the_generators_gradient_is_the_slope_of_the_loss_after_a_literal_step()
         @jax.jit
         def literally(poisoned):
             def loss(weights, images):
-                logits = normalising_network(weights, images)
+                logits = normalizing_network(weights, images)
                 return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
             updates, _ = rule.update(jax.grad(loss)(params, poisoned), rule.init(params))
@@ -468,7 +468,7 @@ def test_the_generators_gradient_is_the_slope_of_the_loss_after_a_literal_step()
 
         value, gradient = jax.jit(
             jax.value_and_grad(
-                lambda x: confusion(normalising_network, params, 0.4, x, clean, labels)
+                lambda x: confusion(normalizing_network, params, 0.4, x, clean, labels)
             )
         )(poisoned)
         np.testing.assert_allclose(value, literally(poisoned), rtol=1e-12)
@@ -596,7 +596,7 @@ def planted():
     return attacks.PoisonedDataset(images, real().labels, attack_id, config, target)
 
 
-def test_a_planted_target_succeeds_unless_the_defence_removes_it():
+def test_a_planted_target_succeeds_unless_the_defense_removes_it():
     def judge(*sets, **options):
         return evaluation.scratch_outcome(
             jax.random.key(3), MODEL, PLAIN, sets, real("test"), **options

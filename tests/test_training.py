@@ -136,7 +136,7 @@ def test_augmentation_changes_with_the_step_and_not_with_the_devices():
     assert_trees_close(eight, one, atol=1e-6)
     for i, j in [(0, 1), (0, 2), (1, 2)]:
         changed = np.abs(one[i] - one[j]).max(axis=(1, 2, 3))
-        assert (changed > 1e-3).all()  # every example is drawn anew at every step
+        assert (changed > 1e-3).all()  # every example is drawn again at every step
 
 
 def test_no_augmentation_leaves_images_as_they_are():
@@ -257,7 +257,7 @@ def test_the_step_compiles_once_per_shape():
         assert traced == [(8, 4, 4, 3)] * 2
 
 
-def test_a_defence_that_leaves_less_than_a_batch_is_an_error():
+def test_a_defense_that_leaves_less_than_a_batch_is_an_error():
     defense = Defense(
         on_epoch=lambda state, epoch, train_state, dataset: (state, dataset.take(slice(5)), Info())
     )
@@ -267,7 +267,7 @@ def test_a_defence_that_leaves_less_than_a_batch_is_an_error():
         )
 
 
-def test_what_a_defence_tells_is_reported():
+def test_what_a_defense_tells_is_reported():
     def on_epoch(state, epoch, train_state, dataset):
         info = Info({"count": state}, dataset.ids[:epoch]) if epoch else Info()
         return state + 1, dataset, info

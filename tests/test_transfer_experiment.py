@@ -231,15 +231,15 @@ class Body(nn.Module):
 MODEL = models.Classifier(Body(), num_features=4, num_classes=3)
 
 
-def coloured(num_examples, seed):
-    """Images in the colour of their class, classes one after the other."""
+def colored(num_examples, seed):
+    """Images in the color of their class, classes one after the other."""
     rng = np.random.default_rng(seed)
     labels = np.sort(np.arange(num_examples) % 3).astype(np.int32)
     images = 0.3 * rng.random((num_examples, 4, 4, 3)) + 0.4 * np.eye(3)[labels][:, None, None]
     return Dataset(images.astype(np.float32), labels)
 
 
-CLEAN, TRUSTED = coloured(30, 0), coloured(15, 1)
+CLEAN, TRUSTED = colored(30, 0), colored(15, 1)
 
 
 def trial(images, rows=slice(0, 10), base=0, target=1):

@@ -116,7 +116,7 @@ def vectors(path: Path, view: View, title: str) -> None:
     for color, marker, name, members in (
         ("C0", "o", "base class, clean", (labels == base) & ~poisoned),
         ("C2", "o", "target's class", labels == target),
-        ("C3", "X", "poisons, labelled as base class", poisoned),
+        ("C3", "X", "poisons, labeled as base class", poisoned),
     ):
         axis.scatter(*points[members].T, c=color, marker=marker, s=22, alpha=0.8, label=name)
     axis.set_title(f"characteristic vectors, {title}", fontsize=9)

@@ -34,10 +34,10 @@ def load(path: Path, train: Dataset, trials: Trials) -> list[PoisonedDataset]:
             entries = {name: archive[name] for name in archive.files}
         images, configs = entries["images"], json.loads(str(entries["config"]))
     except Exception as error:  # zipfile, zlib, json and numpy raise many kinds
-        raise ValueError(f"{path} is not readable ({error!r}): delete it to craft anew") from error
+        raise ValueError(f"{path} is not readable ({error!r}): delete it to craft again") from error
     for name, array in trials._asdict().items():
         if name not in entries or not np.array_equal(array, entries[name]):
-            raise ValueError(f"{path} holds other trials ({name} differ): delete it to craft anew")
+            raise ValueError(f"{path} holds other trials ({name} differ): delete it to craft again")
     return restored(train, trials, images, configs)
 
 

@@ -34,7 +34,7 @@ def scan(step: Step) -> Callable[..., tuple[Any, Any]]:
       A compiled function of `constants` (any pytree, the same at every step), `carry` (donated:
       its buffers are gone after the call) and `xs` (leading axis: steps). `ys` are stacked along
       a new leading axis. With `length`, only so many steps are taken; another length does not
-      compile anew, as shorter `xs` would. `steps_from_host()` is asked at each call.
+      compile again, as shorter `xs` would. `steps_from_host()` is asked at each call.
     """
 
     @functools.partial(jax.jit, donate_argnums=1)

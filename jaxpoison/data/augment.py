@@ -32,7 +32,7 @@ def random_translate_flip(
             `jax.vmap(jax.random.fold_in, (None, 0))(key, example_indices)`.
         images: float32 [B, H, W, C] in [0, 1].
         max_shift: largest shift along either axis, in pixels.
-        fill: value outside the image, scalar or [C]. To fill with zeros *after* normalisation,
+        fill: value outside the image, scalar or [C]. To fill with zeros *after* normalization,
             as the HINT authors do, give the mean that the model subtracts.
         flip: whether to flip at all.
 

@@ -29,7 +29,7 @@ class MnistBody(nn.Module):
 
 
 def mnist_cnn(*, num_classes: int = 10, dtype: Any = jnp.float32) -> Classifier:
-    """Returns the CNN: conv 1->40, conv 40->100, 1,600 features, linear; pixels not normalised."""
+    """Returns the CNN: conv 1->40, conv 40->100, 1,600 features, linear; pixels not normalized."""
     return Classifier(
         body=MnistBody(dtype=dtype), num_features=1600, num_classes=num_classes, dtype=dtype
     )

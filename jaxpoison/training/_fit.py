@@ -185,7 +185,7 @@ def _training(network, recipe, on_batch, mesh, bn_frozen, unfrozen):
 
 
 def _fill_up(trees, lengths):
-    """Repeats the first entry along the leading axes: shapes stay, so nothing is compiled anew."""
+    """Repeats the first entry along the leading axes: shapes stay, so nothing is compiled again."""
 
     def fill_up(tree, length):
         rows = np.arange(length)
@@ -207,7 +207,7 @@ def train_step(
     """Returns `step((dataset, defense_state, key), train_state, indices [B])`, for `loops.scan`.
 
     The batch is spread over `mesh`; means over it, BatchNorm's included, are over all of it.
-    Dropout, where the network has some, is drawn anew; with `bn_frozen` there is none. With
+    Dropout, where the network has some, is drawn again; with `bn_frozen` there is none. With
     `unfrozen` the head and these parts of the body move, and the optimizer's state is theirs.
     """
     network = as_network(model)

@@ -5,6 +5,7 @@ in every step. It never sees which examples are poisoned. Every example has an i
 set as collected, so a defense finds its own examples in whatever set another one has left.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -146,11 +147,6 @@ def chain(*defenses: Defense) -> Defense:
             changed = changed or info.changed
         return tuple(states), dataset, Info(metrics, chosen, changed)
 
-    def on_batch(state, key, train_state, batch):
-        for index, (defense, part) in enumerate(zip(defenses, state, strict=True)):
-            batch = defense.on_batch(part, jax.random.fold_in(key, index), train_state, batch)
-        return batch
-
     def finish(state, train_state):
         for defense, part in zip(defenses, state, strict=True):
             train_state = defense.finish(part, train_state)
@@ -160,9 +156,23 @@ def chain(*defenses: Defense) -> Defense:
         init,
         on_epoch,
         # So that a chain of defenses without a hook has none either: loops ask.
-        keep_batch if all(d.on_batch is keep_batch for d in defenses) else on_batch,
+        keep_batch
+        if all(d.on_batch is keep_batch for d in defenses)
+        else _ChainedBatch(tuple(d.on_batch for d in defenses)),
         keep_result if all(d.finish is keep_result for d in defenses) else finish,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _ChainedBatch:
+    """The hooks of a chain's parts, one after another; equal for equal hooks, so compiled once."""
+
+    hooks: tuple[BatchFn, ...]
+
+    def __call__(self, state, key, train_state, batch):
+        for index, (on_batch, part) in enumerate(zip(self.hooks, state, strict=True)):
+            batch = on_batch(part, jax.random.fold_in(key, index), train_state, batch)
+        return batch
 
 
 def checked(defense: Any) -> Defense:

@@ -1,4 +1,4 @@
-"""How a classifier is trained: the two recipes of HINT (arXiv 2309.08549), the optimiser."""
+"""How a classifier is trained: the two recipes of HINT (arXiv 2309.08549), the optimizer."""
 
 import dataclasses
 from typing import NamedTuple
