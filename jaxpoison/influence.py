@@ -21,6 +21,7 @@ are rounded to fewer than 24 bits by default, which bounds what a solver can rea
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from jax import lax
 
 from jaxpoison import curvature as curvatures
 from jaxpoison import solvers
-from jaxpoison.core import batches, heads, programs, spmd, trees
+from jaxpoison.core import batches, heads, loops, programs, spmd, trees
 from jaxpoison.core.batches import Batch, LossFn
 from jaxpoison.core.batches import Stream as Stream
 from jaxpoison.core.checks import check_count, check_no_nan, check_positive, listing, shortened
@@ -86,7 +87,8 @@ def group_ihvp(
       the group's loss for small t > 0.
 
     On CPU, call it outside `jit` for networks with convolutions: the host then drives the solver's
-    steps, because XLA's CPU backend runs a convolution inside a loop some 30 times slower.
+    steps, because XLA's CPU backend runs a convolution inside a loop some 30 times slower. Under
+    `jit` a warning tells so.
 
     Raises:
       ValueError: for losses that are not one per example, empty or ragged batches, weights of
@@ -114,6 +116,7 @@ def group_ihvp(
         )
 
     told = {} if progress is None else {"progress": progress}
+    _warn_of_slow_loops(matvec, rhs, solver)
     solution = solver(matvec, rhs, sample=sample, key=key, **told)
     # Equal on all devices already. Averaging makes its cotangents equal too, as the transposed
     # solve needs where nobody checks them (`pmap`): its products are means over devices.
@@ -635,6 +638,19 @@ def _check_floating(tree, name, advice="differentiate floating-point arrays only
             path = name + jax.tree_util.keystr(path)
             raise TypeError(f"{path} must be floating point, got {dtype}: {advice}")
     return jax.tree.map(jnp.asarray, tree)
+
+
+def _warn_of_slow_loops(matvec, rhs, solver):
+    """Warns, while tracing for a CPU, of a convolution inside a solver's loop."""
+    if solver is solvers.identity() or not (loops.steps_from_host() and programs.is_traced(rhs)):
+        return
+    if "conv_general_dilated" in str(jax.make_jaxpr(matvec)(rhs)):
+        warnings.warn(
+            "group_ihvp under jit on CPU, with convolutions: XLA's CPU backend runs each product "
+            "some 30 times slower inside the solver's loop. Call group_ihvp outside jit, where the "
+            "host drives the steps (and progress= can be given)",
+            stacklevel=3,
+        )
 
 
 def _check_solver(solver):

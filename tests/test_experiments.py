@@ -102,8 +102,13 @@ def test_running_again_elsewhere_does_no_work_twice_and_removes_what_a_kill_left
 def stop(run_dir, cell, epoch, number):
     """Starts the run, sends it a signal after an epoch of a cell; returns (status, stderr)."""
     metrics = run_dir / "metrics.jsonl"
+    # In the background of a shell SIGINT is ignored, and children inherit that.
+    listening = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
     with subprocess.Popen(
-        command("mnist_hint.py", run_dir, *TINY),
+        [sys.executable, "-c", listening, *command("mnist_hint.py", run_dir, *TINY)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -151,7 +156,7 @@ def test_cifar_runs(tmp_path):
     [
         (("--poison-ratios", "1.5"), "poison ratios p must be in [0, 1], not 1.5"),
         (("--hint.ratio", "0.001"), "less than one example"),
-        (("--hint.schedule", "9"), "names no epoch of a run of 4 epochs"),
+        (("--hint.schedule", "9"), "which a run of 4 epochs never reaches"),
         (("--epsilon", "8"), "epsilon is in units of pixels"),
         (("--data", "full", "--data-dir", "nowhere"), "jaxpoison.data.prepare"),
         (("--preset", "best"), "invalid choice: 'best'"),
@@ -215,7 +220,7 @@ def test_flags_of_inner_settings_are_named_and_presets_pass():
         ({"train_examples": 64}, "fewer than one batch"),
         (
             {"defenses": ("none", "hint"), "recipe": {"epochs": 4}},
-            "names no epoch of a run of 4 epochs",
+            "which a run of 4 epochs never reaches",
         ),
         ({"attacks": ("pgd", "luck")}, "unknown attacks: luck; there are pgd, dap"),
     ],

@@ -165,7 +165,7 @@ def test_cost_adds_up_and_goes_on(tmp_path):
     [
         (("--defenses", "none", "magic"), "unknown defenses: magic; there are none, hint"),
         (("--defenses", "none", "--controls", "grey"), "leave this defen"),
-        (("--defenses", "friends", "--friends.epoch", "2"), "names no epoch of a run of 2 epochs"),
+        (("--defenses", "friends", "--friends.epoch", "2"), "a run of 2 epochs never reaches"),
         (("--control-ratios", "-1"), "poison ratios p must be in [0, 1], not -1"),
     ],
 )

@@ -349,3 +349,23 @@ def test_solves_run_under_debug_nans_and_in_float64(solver):
         for way in (run, jax.jit(run)):
             assert ravel(way(*wide)[0].value).dtype == np.float64
             assert ravel(way(*data)[0].value).dtype == np.float32
+
+
+def test_convolutions_in_a_solver_under_jit_on_cpu_are_warned_of():
+    inputs, targets = jnp.ones((4, 6, 6, 4)), jnp.zeros((4, 6, 6, 4))
+
+    def loss(kernel, batch):
+        outputs = jax.lax.conv_general_dilated(
+            batch[0], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.mean((outputs - batch[1]) ** 2, axis=(1, 2, 3))
+
+    def solve(kernel):
+        batch = inputs, targets
+        return influence.group_ihvp(loss, kernel, batch, batch, solver=solvers.cg(damping=1.0))
+
+    kernel = jnp.ones((3, 3, 4, 4))
+    with pytest.warns(UserWarning, match="Call group_ihvp outside jit"):
+        under_jit = jax.jit(solve)(kernel)
+    eager = solve(kernel)  # without a warning: they are errors here
+    np.testing.assert_allclose(under_jit.value, eager.value, rtol=1e-4, atol=1e-6)
