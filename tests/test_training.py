@@ -261,7 +261,7 @@ def test_a_defense_that_leaves_less_than_a_batch_is_an_error():
     defense = Defense(
         on_epoch=lambda state, epoch, train_state, dataset: (state, dataset.take(slice(5)), Info())
     )
-    with pytest.raises(ValueError, match="5 examples, fewer than one batch of 8"):
+    with pytest.raises(ValueError, match="left 5 examples, fewer than one batch of 8"):
         training.fit(
             linear_model(), QUICK, random_set(27, 4), key=jax.random.key(0), defense=defense
         )

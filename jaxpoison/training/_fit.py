@@ -89,17 +89,9 @@ def fit(
       TypeError: for a model or a set of another kind. ValueError: for bad images or labels, or
         sizes that do not fit. DivergedError: if the loss is not finite after an epoch.
     """
-    train = as_dataset(train)
-    check(train)
-    network = as_network(model, image_shape=train.images.shape[1:])
-    check(train, network.num_classes)
-    if test is not None:
-        test = as_dataset(test, "test set")
-        check(test, network.num_classes, "test set")
     mesh = devices.data_mesh() if mesh is None else mesh
     defense = none() if defense is None else checked(defense)
-    devices.check_divisible(recipe.batch_size, mesh)
-    recipes.steps_per_epoch(recipe, len(train.labels))
+    network, train, test = _checked(model, recipe, train, test, mesh)
     bn_frozen = transfer is not None and transfer.bn_frozen
     unfrozen = None if transfer is None else tuple(transfer.unfrozen)
     optimizer, run_epoch = shared(
@@ -107,61 +99,34 @@ def fit(
     )
     init_key, data_key, defense_key = jax.random.split(key, 3)
 
-    train = devices.replicate(with_ids(train), mesh)
+    train, test = devices.replicate((with_ids(train), test), mesh)
     state = init_state(network, optimizer, init_key, train.images.shape[1:])
     if transfer is not None:
         state = _transferred(network, state, transfer, optimizer)
-    state = jax.tree.map(
-        jnp.array, state
-    )  # the loop donates its carry, and others have the weights
-    state = devices.replicate(state, mesh)
+    # Copies: the loop donates its carry, and the caller has these weights as well.
+    state = devices.replicate(jax.tree.map(jnp.array, state), mesh)
     defense_state = devices.replicate(defense.init(defense_key, train, recipe.epochs), mesh)
-    first_epoch = 0
+    first_epoch, most_examples = 0, 0
     if checkpoints is not None:
         first_epoch, (state, defense_state) = checkpoints.restore((state, defense_state))
 
-    test = None if test is None else devices.replicate(test, mesh)
-    most_examples = 0
     for epoch in range(first_epoch, recipe.epochs):
-        start = time.perf_counter()
-        defense_state, dataset, info = defense.on_epoch(defense_state, epoch, state, train)
-        # However the defense made them: as a resumed run has them, and on every process's devices.
-        defense_state, dataset = devices.replicate((defense_state, dataset), mesh)
-        metrics: dict[str, Any] = {
-            name: float(value) for name, value in checked_info(info).metrics.items()
-        }
-        if info.chosen is not None:
-            metrics["chosen"] = np.isin(np.arange(len(train.labels)), devices.to_host(info.chosen))
-        metrics["defense_seconds"] = time.perf_counter() - start
-        num_examples = len(dataset.labels)
-        num_steps = recipes.steps_per_epoch(recipe, num_examples)
-        order = epoch_order(data_key, epoch, num_examples, recipe.batch_size)
-        length = None
-        if num_examples < most_examples:  # the defense has dropped some
-            length = num_steps
-            filled = _fill_up((dataset, order), (most_examples, most_examples // recipe.batch_size))
-            dataset, order = devices.replicate(filled, mesh)
-        most_examples = max(most_examples, num_examples)
-        state = devices.replicate(
-            state._replace(opt_state=recipes.at_epoch(state.opt_state, epoch)), mesh
+        start, finished = time.perf_counter(), epoch + 1
+        defense_state, dataset, metrics = _defended(
+            defense, defense_state, epoch, state, train, mesh
         )
-        if defense.on_epoch is not keep_epoch:
-            # The loop donates its carry, and what a hook keeps of it must survive.
-            state = jax.tree.map(jnp.array, state)
+        state = _at_epoch(state, epoch, defense, mesh)
+        order = epoch_order(data_key, epoch, len(dataset.labels), recipe.batch_size)
+        (dataset, order), length = _fill_up(dataset, order, most_examples, mesh)
+        most_examples = len(dataset.labels)
         state, steps = run_epoch((dataset, defense_state, data_key), state, order, length)
-        means = jax.tree.map(lambda values: float(jnp.mean(values)), steps)
-        if not np.isfinite(means["loss"]):
-            raise solvers.DivergedError(
-                f"the training loss is {means['loss']} after epoch {epoch}: "
-                "try a smaller learning rate"
-            )
-        finished = epoch + 1
+        metrics |= _means(steps, epoch)
         if finished == recipe.epochs:
             trained = time.perf_counter()
             state = devices.replicate(defense.finish(defense_state, state), mesh)
             jax.block_until_ready(state)
             metrics["defense_seconds"] += time.perf_counter() - trained
-        metrics |= means | {"seconds": time.perf_counter() - start}
+        metrics["seconds"] = time.perf_counter() - start
         if test is not None:
             metrics["test_accuracy"] = accuracy(
                 network, state.variables, test.images, test.labels, mesh=mesh
@@ -175,6 +140,75 @@ def fit(
     return state
 
 
+def _checked(model, recipe, train, test, mesh):
+    """Returns the network and both sets, in the form that the loop takes."""
+    train = as_dataset(train)
+    check(train)
+    network = as_network(model, image_shape=train.images.shape[1:])
+    check(train, network.num_classes)
+    if test is not None:
+        test = as_dataset(test, "test set")
+        check(test, network.num_classes, "test set")
+    devices.check_divisible(recipe.batch_size, mesh)
+    recipes.steps_per_epoch(recipe, len(train.labels))
+    return network, train, test
+
+
+def _defended(defense, defense_state, epoch, state, train, mesh):
+    """Returns the defense's state, the data set of this epoch, and what the defense tells of it."""
+    start = time.perf_counter()
+    defense_state, dataset, info = defense.on_epoch(defense_state, epoch, state, train)
+    # However the defense made them: as a resumed run has them, and on every process's devices.
+    defense_state, dataset = devices.replicate((defense_state, dataset), mesh)
+    metrics: dict[str, Any] = {
+        name: float(value) for name, value in checked_info(info).metrics.items()
+    }
+    if info.chosen is not None:
+        metrics["chosen"] = np.isin(np.arange(len(train.labels)), devices.to_host(info.chosen))
+    return defense_state, dataset, metrics | {"defense_seconds": time.perf_counter() - start}
+
+
+def _at_epoch(state, epoch, defense, mesh):
+    """Returns the state at the start of an epoch, for the loop to consume."""
+    opt_state = recipes.at_epoch(state.opt_state, epoch)
+    state = devices.replicate(state._replace(opt_state=opt_state), mesh)
+    # The loop donates its carry, and what a hook keeps of it must survive.
+    return state if defense.on_epoch is keep_epoch else jax.tree.map(jnp.array, state)
+
+
+def _fill_up(dataset, order, most_examples, mesh):
+    """Returns (set, order) in the shapes of the largest epoch so far, and how many steps to take.
+
+    The first entries are repeated: shapes stay, so nothing is compiled again. The number of steps
+    is None where nothing had to be filled up.
+    """
+    num_examples, (num_steps, batch_size) = len(dataset.labels), order.shape
+    if num_steps == 0:
+        raise ValueError(
+            f"the defense has left {num_examples} examples, fewer than one batch of {batch_size}: "
+            "choose a smaller batch size, or a defense that drops less"
+        )
+    if num_examples >= most_examples:
+        return (dataset, order), None
+
+    def fill_up(tree, length):
+        rows = np.arange(length)
+        return jax.tree.map(lambda x: x[np.where(rows < len(x), rows, 0)], tree)
+
+    filled = fill_up(dataset, most_examples), fill_up(order, most_examples // batch_size)
+    return devices.replicate(filled, mesh), num_steps
+
+
+def _means(steps, epoch):
+    """Returns the means of what the steps of an epoch have measured."""
+    means = jax.tree.map(lambda values: float(jnp.mean(values)), steps)
+    if not np.isfinite(means["loss"]):
+        raise solvers.DivergedError(
+            f"the training loss is {means['loss']} after epoch {epoch}: try a smaller learning rate"
+        )
+    return means
+
+
 def _training(network, recipe, on_batch, mesh, bn_frozen, unfrozen):
     """Returns the optimizer and the loop over steps, the same ones for the same settings."""
     optimizer = recipes.optimizer(recipe)
@@ -182,16 +216,6 @@ def _training(network, recipe, on_batch, mesh, bn_frozen, unfrozen):
         network, recipe, optimizer, mesh, on_batch=on_batch, bn_frozen=bn_frozen, unfrozen=unfrozen
     )
     return optimizer, loops.scan(step)
-
-
-def _fill_up(trees, lengths):
-    """Repeats the first entry along the leading axes: shapes stay, so nothing is compiled again."""
-
-    def fill_up(tree, length):
-        rows = np.arange(length)
-        return jax.tree.map(lambda x: x[np.where(rows < len(x), rows, 0)], tree)
-
-    return tuple(map(fill_up, trees, lengths))
 
 
 def train_step(
