@@ -136,7 +136,7 @@ def apply_and_extract(
     if isinstance(linen, nn.Module):
         if of_network:
             net: Any = model
-            x, apply_kwargs = net._prepared(x), {**dict(net.eval_kwargs), **apply_kwargs}
+            x, apply_kwargs = net.prepared(x), {**dict(net.eval_kwargs), **apply_kwargs}
         capture = functools.partial(_capture, linen, variables, predicate, stats, apply_kwargs)
     elif hasattr(model, "tapped"):
         if stats != "input":

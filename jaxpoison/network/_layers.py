@@ -107,7 +107,8 @@ class LayeredNetwork(Network):
         network = self if self.head_path else self.for_images(images.shape[1:])
         return as_float32(network._head_inputs(variables, images, network._head_path(), rngs))
 
-    def _prepared(self, images):
+    def prepared(self, images):
+        """Returns the images as the module sees them: preprocessed and normalized."""
         return self._normalized(images, self.preprocess)
 
     def _head_path(self) -> Path:

@@ -141,7 +141,7 @@ class LinenNetwork(LayeredNetwork):
         names = [name for name in variables if name != "params"]
         output, updated = self.module.apply(
             variables,
-            self._prepared(images),
+            self.prepared(images),
             **dict(self.train_kwargs),
             mutable=names,
             rngs=rngs,
@@ -151,7 +151,7 @@ class LinenNetwork(LayeredNetwork):
 
     def taps(self, variables, x, *, select=None, **kwargs):
         output, calls = self._recorded(
-            variables, self._prepared(x), is_batch_norm if select is None else select, **kwargs
+            variables, self.prepared(x), is_batch_norm if select is None else select, **kwargs
         )
         return output, by_name(calls)
 
@@ -162,7 +162,7 @@ class LinenNetwork(LayeredNetwork):
         try:
             return self.module.apply(
                 variables,
-                self._prepared(images),
+                self.prepared(images),
                 **dict(self.eval_kwargs),
                 **kwargs,
                 rngs=rngs,
@@ -179,13 +179,13 @@ class LinenNetwork(LayeredNetwork):
 
     def _head_inputs(self, variables, images, path, rngs):
         _, calls = self._recorded(
-            variables, self._prepared(images), lambda layer: layer.path == path, rngs=rngs
+            variables, self.prepared(images), lambda layer: layer.path == path, rngs=rngs
         )
         return calls[-1].inputs
 
     def _linear_calls(self, variables, images):
         return self._recorded(
-            variables, self._prepared(images), lambda layer: isinstance(layer, nn.Dense)
+            variables, self.prepared(images), lambda layer: isinstance(layer, nn.Dense)
         )
 
     def _recorded(self, variables, x, select, **kwargs):
@@ -204,13 +204,13 @@ class ClassifierNetwork(LinenNetwork):
     def for_images(self, image_shape):
         return self
 
-    def _prepared(self, images):
+    def prepared(self, images):
         return images  # the module normalizes them itself
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _init(network, key, image_shape):
-    images = network._prepared(jnp.zeros((1, *image_shape)))
+    images = network.prepared(jnp.zeros((1, *image_shape)))
     variables = _plain(network.module.init(key, images, **dict(network.eval_kwargs)))
     return {"params": {}, "batch_stats": {}, **variables}
 

@@ -245,7 +245,7 @@ class NnxNetwork(LayeredNetwork):
             leaf.path: _value(leaf, number, variables, rngs)
             for number, leaf in enumerate(self.leaves)
         }
-        images = self._prepared(images)
+        images = self.prepared(images)
         output, now = self._call(given, images, rngs is None, train, watch, kwargs)
         if rngs is None or not train:
             changed = self._changed(given, now, images, rngs is None, train, kwargs)
