@@ -565,6 +565,7 @@ def convolutional_problem():
     return loss, params, data, curvature.gauss_newton(outputs, problems.cross_entropy)
 
 
+@pytest.mark.filterwarnings("ignore:group_ihvp under jit on CPU")
 @pytest.mark.parametrize("chunk_size", [None, 5])
 @pytest.mark.parametrize(
     "solver",
