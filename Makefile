@@ -1,7 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.11 or 3.12 with pip: the first run makes a
 # virtual environment in .venv and installs the package into it.
 #
-#   make test PYTHON=python3.12          another interpreter (makes .venv anew if versions differ)
+#   make test PYTHON=python3.12          another interpreter (makes .venv again if versions differ)
 #   make demo EXTRAS=test,cuda           JAX for NVIDIA GPUs; `test,tpu` for TPUs
 
 PYTHON ?= python3

@@ -15,16 +15,14 @@ import argparse
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import jax
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import run
-
-from jaxpoison import data, defenses, models, parallel, training
+from jaxpoison import data, defenses, models, runs, training
+from jaxpoison.core import devices
+from jaxpoison.training.hooks import with_ids
 
 EPOCHS, UPDATES = 80, 3  # of the paper, for CIFAR-10
 PARTS = ("features", "solve", "scores", "pixel_maps")
@@ -65,24 +63,24 @@ def main() -> None:
         )
 
     training.fit(model, recipe, splits.train, key=jax.random.key(0), defense=defense, report=report)
-    result = summarise(epochs, options.ratio, noise_seconds(defense, splits.train)) | {
+    result = summarize(epochs, options.ratio, noise_seconds(defense, splits.train)) | {
         "model": f"resnet18(width={options.width})",
         "examples": len(splits.train.labels),
         "ratio": options.ratio,
         "source": splits.source,
-        "environment": run.environment(),
+        "environment": runs.environment(),
     }
     print(table(result))
     if options.out:
-        run.write_json(options.out, result)
+        runs.write_json(options.out, result)
     else:
         print(json.dumps(result["environment"]))
 
 
 def noise_seconds(defense: defenses.Defense, train: data.Dataset) -> float:
     """Returns the median time of adding the noise, as HINT does before each epoch."""
-    train = parallel.replicate(train, parallel.data_mesh())
-    state = defense.init(jax.random.key(0), train)
+    train = devices.replicate(with_ids(train), devices.data_mesh())
+    state = defense.init(jax.random.key(0), train, 10**6)
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
@@ -92,7 +90,7 @@ def noise_seconds(defense: defenses.Defense, train: data.Dataset) -> float:
     return statistics.median(seconds[1:])
 
 
-def summarise(epochs: list[dict], ratio: float, every_epoch: float) -> dict:
+def summarize(epochs: list[dict], ratio: float, every_epoch: float) -> dict:
     """Returns medians over all epochs but the first, and the overhead they amount to."""
 
     def median(seconds):
@@ -130,7 +128,7 @@ def table(result: dict) -> str:
             "|---|---|---|",
             f"| plain epoch | {result['epoch_seconds']:.3f} | 1 |",
             *(
-                f"| {part}{' (first update only, compiled anew)' if part == 'scores' else ''} "
+                f"| {part}{' (first update only, with compilation)' if part == 'scores' else ''} "
                 f"| {parts[part]:.3f} | {parts[part] / result['epoch_seconds']:.3f} |"
                 for part in PARTS
             ),

@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 
-from jaxpoison import curvature, data, influence, loops, models, parallel, solvers, training
+from jaxpoison import curvature, data, influence, models, solvers, training
+from jaxpoison.core import devices, loops
 
 DAMPING = 0.5
 AUTHORS_STEPS, AUTHORS_BATCH, AUTHORS_SCALE = 980, 50, 50.0
-SHARE = 0.5  # r: pixel maps are made for so many of the examples
+SHARE = 0.5  # r: pixel maps are made for this share of the examples
 NETWORKS = {
     "mnist": ("MNIST CNN", "mnist", models.mnist_cnn, training.MNIST, 59_000),
     "resnet": (
@@ -66,10 +67,10 @@ def contest(network: str, options: argparse.Namespace) -> list[measure.Contender
     recipe = dataclasses.replace(recipe, epochs=1, milestones=())
     state = training.fit(model, recipe, splits.train, key=jax.random.key(0))
     variables, head = state.variables, state.variables["params"]["head"]
-    mesh = parallel.data_mesh()
+    mesh = devices.data_mesh()
     index = np.arange(num_examples) % len(splits.train.labels)
-    train = parallel.replicate(data.Dataset(*(x[index] for x in splits.train)), mesh)
-    trusted = parallel.replicate(splits.validation, mesh)
+    train = devices.replicate(splits.train.take(index), mesh)
+    trusted = devices.replicate(splits.validation, mesh)
     chosen = jax.tree.map(lambda x: x[: round(SHARE * num_examples)], train)
     title = f"{title}, N = {num_examples:,}"
 

@@ -6,7 +6,7 @@
 Solves (H + 0.5 I) x = v with v the gradient of the trusted examples' mean loss, which is part of
 the work, by conjugate gradients from zero; H is the mean over the training examples. A solve makes
 a product with H per step and one more to measure the residual; predicted is the arithmetic of
-those. The head's features are made anew in every solve, unless they are given.
+those. The head's features are made again in every solve, unless they are given.
 
 The Gauss-Newton matrix is another matrix, the one to take for whole networks: without negative
 eigenvalues, and a third cheaper to multiply with. Ratios compare it with products of the Hessian,
@@ -22,6 +22,7 @@ import peers
 import problem as problems
 
 from jaxpoison import curvature, influence, solvers
+from jaxpoison.core import batches
 
 LISSA_STEPS, LISSA_SCALE = 20, 50.0
 
@@ -158,7 +159,7 @@ def conjugate_gradients_head(problem, options, others) -> list[measure.Contender
 def with_features(problem, options, batch):
     """Returns (features, labels); a chunk at a time, which stays in the caches of a CPU."""
     images, labels = batch
-    return curvature.map_chunks(problem.features, images, options.chunk_size), labels
+    return batches.map_chunks(problem.features, images, options.chunk_size), labels
 
 
 def lissa(problem, options, others) -> list[measure.Contender]:

@@ -22,8 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import run
+from jaxpoison import runs
 
 OURS = "jaxpoison"
 LIMIT = "matrix product"
@@ -155,13 +154,13 @@ def finish(script: str, options: argparse.Namespace, result: dict[str, Any]) -> 
     """Prints the table of `race`'s rows, and writes the results file if one is asked for."""
     paths = {"out", "peers_python"}  # of this machine
     settings = {name: value for name, value in vars(options).items() if name not in paths}
-    environment = run.environment() | {
+    environment = runs.environment() | {
         "allocator": {name: os.environ.get(name) for name in ALLOCATOR}
     }
     result = {"script": script, "settings": settings, **result, "environment": environment}
     show(result)
     if options.out:
-        run.write_json(options.out, result)
+        runs.write_json(options.out, result)
 
 
 def show(result: dict[str, Any]) -> None:

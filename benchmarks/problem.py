@@ -86,7 +86,7 @@ class Problem(NamedTuple):
         return self.model.apply({"params": params}, images)
 
     def head_loss(self, head: Any, batch: Any) -> jax.Array:
-        """Returns the same losses as a function of the last layer, features computed anew."""
+        """Returns the same losses as a function of the last layer, features computed again."""
         images, labels = batch
         return influence.linear_head_loss(head, (self.features(images), labels))
 
@@ -160,7 +160,7 @@ def _trained(model: models.Classifier, batch: tuple[jax.Array, jax.Array], epoch
     """Returns the parameters after some epochs of SGD with momentum, batches of 128."""
     images, labels = batch
     params = model.init(jax.random.key(0), images[:1])["params"]
-    optimiser = optax.sgd(0.05, momentum=0.9)
+    optimizer = optax.sgd(0.05, momentum=0.9)
 
     @jax.jit
     def step(params, state, index):
@@ -169,10 +169,10 @@ def _trained(model: models.Classifier, batch: tuple[jax.Array, jax.Array], epoch
             return cross_entropy(logits, labels[index])
 
         gradient = jax.grad(lambda params: jnp.mean(loss(params)))(params)
-        updates, state = optimiser.update(gradient, state, params)
+        updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = optimiser.init(params)
+    state = optimizer.init(params)
     for epoch in range(epochs):
         order = jax.random.permutation(jax.random.key(1 + epoch), len(labels))
         for index in order.reshape(-1, 128):

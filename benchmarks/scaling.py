@@ -26,7 +26,8 @@ import measure
 import numpy as np
 import problem as problems
 
-from jaxpoison import curvature, influence, parallel
+from jaxpoison import curvature, influence
+from jaxpoison.core import devices
 
 KINDS = ("examples", "parameters", "batch", "devices")
 BASE = {"examples": 2048, "width": 128, "chunk": 128, "devices": 1}
@@ -98,11 +99,11 @@ def in_new_process(point: dict[str, int], options: argparse.Namespace) -> dict:
 def measure_point(point: dict[str, int], options: argparse.Namespace) -> dict:
     """Returns rows for one product and for scores, with the peak of this process's memory."""
     problem = problems.make(train=point["examples"], group=1, epochs=0, width=point["width"])
-    mesh = parallel.data_mesh(jax.devices()[: point["devices"]])
-    params = parallel.replicate(problem.params, mesh)
-    u = parallel.replicate(problems.direction(params), mesh)
+    mesh = devices.data_mesh(jax.devices()[: point["devices"]])
+    params = devices.replicate(problem.params, mesh)
+    u = devices.replicate(problems.direction(params), mesh)
     whole = point["examples"] // mesh.size * mesh.size
-    train = parallel.shard_examples(jax.tree.map(lambda x: x[:whole], problem.train), mesh)
+    train = devices.shard_examples(jax.tree.map(lambda x: x[:whole], problem.train), mesh)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     product = measure.compiled(
         lambda params, train, u: curvature.product(

@@ -27,7 +27,8 @@ import optax
 import peers
 from problem import cross_entropy
 
-from jaxpoison import loops, models
+from jaxpoison import models
+from jaxpoison.core import loops
 
 NETWORKS = {
     "ResNet-18 of width 8, one block a stage, 3 stages": functools.partial(

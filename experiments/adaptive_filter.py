@@ -1,45 +1,30 @@
-"""An attacker who knows the filter of arXiv 2403.13523, and pays a price for being flagged.
+"""An attacker who knows the filter of arXiv 2403.13523, and pays a price for
+being flagged.
 
-  python experiments/transfer_filter.py --preset quick     # first: its extractor is used
-  python experiments/adaptive_filter.py --run-dir runs/transfer-quick
+  python experiments/transfer_filter.py --preset quick   # its extractor is used
+  python experiments/adaptive_filter.py --run-dir runs/transfer-cifar10-quick
 
-The poisons of a trial minimise the objective of bullseye polytope and that price:
+The poisons of a trial minimize the objective of bullseye polytope and that
+price:
 
     |f(x^t) - mean_j f(x_j)| / |f(x^t)|  +  lambda mean_j relu(m_j / d0 + 0.01),
     m_j = d(X(x_j), C_b) - min_{k != b} d(X(x_j), C_k)
 
-where m_j > 0 is what the filter flags. Centroids C are those of the clean training images, which
-this attacker knows; d0 is the median distance of those images to their own. lambda is swept, and
-bisected for each target: the smallest one at which 95 % of its poisons pass. A filter is then
-charged with each target that any lambda takes past it.
+where m_j > 0 is what the filter flags. Centroids C are those of the clean
+training images, which this attacker knows; d0 is the median distance of those
+images to their own. lambda is swept, and bisected for each target: the smallest
+one at which 95 % of its poisons pass. A filter is then charged with each target
+that any lambda takes past it.
 
 Writes adaptive-GAMMA.json into the run's folder.
 """
 
 import argparse
-import sys
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-import run
-import transfer_poisons
-import transfer_verdicts
-from transfer_filter import Bench, Work, draw_trials, reopened
-from transfer_setting import first_of_each_class, read
+from transfer import adaptive
 
-from jaxpoison import attacks, filters, loops
-from jaxpoison.attacks import feature_space
-from jaxpoison.attacks.targeted import quantise
-from jaxpoison.data import to_float
-
-LAMBDAS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
-KAPPA = 0.01
-ROUNDS = 8
-FILTERS = ("none", "dataset", "trusted")
+from jaxpoison import runs
 
 
 def main() -> None:
@@ -50,175 +35,10 @@ def main() -> None:
     parser.add_argument("--data-dir", help="of tensorflow-datasets; default as in that run")
     parser.add_argument("--share", type=float, default=0.24, help="p of the base class")
     parser.add_argument("--gamma", default="last_3", help="layers that the filter looks at")
-    parser.add_argument("--steps", type=int, default=200, help="of each crafting")
+    parser.add_argument("--steps", type=runs.count, default=200, help="of each crafting")
     options = parser.parse_args()
-    try:
-        study(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-
-
-def study(options: argparse.Namespace) -> None:
-    """Sweeps and bisects lambda, and prints the table."""
-    if options.steps < 1 or not 0 < options.share <= 1:
-        raise ValueError("expected at least one step and a share in (0, 1]")
-    epochs = read(options.run_dir).pretraining.epochs
-    with run.Meter(epochs + len(LAMBDAS) + ROUNDS) as meter:
-        work, bench = reopened(options.run_dir, options.data_dir, meter)
-        config, sets = work.config, work.sets
-        trials = draw_trials(work, bench, options.share)
-        epsilon = max(config.epsilons_255) / 255
-        bases = to_float(sets.train.images)[trials.rows]
-        craft = crafting(
-            bench.victim, sets.train, trials, bases, epsilon, options.gamma, options.steps
-        )
-
-        def judged(name, poisons, potency):
-            images = quantise(np.asarray(poisons), np.asarray(bases), epsilon)
-            outcome = judge(work, bench, trials, images, options.gamma)
-            return {"lambda": name, "objective": float(np.mean(potency)), **outcome}
-
-        rows = []
-        for weight in LAMBDAS:
-            poisons, potency, _ = craft(jnp.full(bench.num_trials, weight), bases)
-            rows.append(judged(weight, poisons, potency))
-            work.tell(f"lambda = {weight:g}: objective {rows[-1]['objective']:.3f}", finished=1)
-        low, high = jnp.full(bench.num_trials, -4.0), jnp.full(bench.num_trials, 2.0)
-        start, best, best_potency = bases, bases, jnp.ones(bench.num_trials)
-        for number in range(ROUNDS):
-            middle = (low + high) / 2
-            start, potency, passing_share = craft(10.0**middle, start)
-            passes = passing_share >= 0.95
-            best = jnp.where(passes[:, None, None, None, None], start, best)
-            best_potency = jnp.where(passes, potency, best_potency)
-            low, high = jnp.where(passes, low, middle), jnp.where(passes, middle, high)
-            work.tell(f"bisection, round {number + 1}/{ROUNDS}", finished=1)
-        rows.append(judged("bisected", best, best_potency))
-    result = {
-        "rows": rows,
-        "share": options.share,
-        "gamma": options.gamma,
-        "epsilon_255": 255 * epsilon,
-        "steps": options.steps,
-        "log10_lambda": np.asarray(high).tolist(),
-        "config": work.output.config,
-        "environment": run.environment(),
-    }
-    run.write_json(options.run_dir / f"adaptive-{options.gamma}.json", result)
-    run.say(report(rows))
-
-
-def crafting(victim, train, trials, bases, epsilon, gamma, num_steps):
-    """Returns `craft(lambdas [T], start) -> (poisons, objective [T], share that passes [T])`.
-
-    `start` and the poisons are float32 [T, P, H, W, C].
-    """
-    model, variables = victim
-    num_classes, rule, std = model.num_classes, optax.adam(0.04), jnp.asarray(model.std)
-
-    @jax.jit
-    def reference(variables, images, labels):
-        charvec = filters.extract_charvec(model, variables, to_float(images))
-        centroids = filters.fit_centroids(charvec, labels, num_classes)
-        distances = filters.centroid_distances(charvec, centroids, gamma=gamma)
-        return centroids, jnp.median(distances[jnp.arange(len(labels)), labels])
-
-    centroids, scale = reference(variables, jnp.asarray(train.images), jnp.asarray(train.labels))
-    low, high = jnp.maximum(bases - epsilon, 0), jnp.minimum(bases + epsilon, 1)
-    targets = model.apply(variables, to_float(trials.targets[:, 0]), method="features")
-
-    def step_one(variables, centroids, scale, carry, trial):
-        poisons, state = carry
-        target, label, low, high, weight = trial
-
-        def loss(poisons):
-            features, charvec = filters.apply_and_extract(
-                model, variables, poisons, method="features"
-            )
-            view = feature_space.View(features, target, variables["params"]["head"], label)
-            labels = jnp.full(len(poisons), label)
-            margins = filters.nearest_centroid_filter(charvec, labels, centroids, gamma=gamma).score
-            potency = feature_space.bullseye([view])
-            price = jnp.mean(jax.nn.relu(margins / scale + KAPPA))
-            return potency + weight * price, (potency, jnp.mean(margins <= 0))
-
-        gradient, told = jax.grad(loss, has_aux=True)(poisons)
-        updates, state = rule.update(gradient, state)
-        return (jnp.clip(poisons + std * jnp.asarray(updates), low, high), state), told
-
-    def step(constants, carry, index):
-        variables, centroids, scale, trial = constants
-        each = jax.vmap(step_one, (None, None, None, 0, 0))
-        return each(variables, centroids, scale, carry, trial)
-
-    steps = loops.scan(step)
-
-    def craft(weights, start):
-        trial = (targets, jnp.asarray(trials.base_labels), low, high, weights)
-        carry = jnp.array(start), jax.vmap(rule.init)(start)  # a copy: the loop donates it
-        constants = variables, centroids, scale, trial
-        (poisons, _), (potency, passing) = steps(constants, carry, jnp.arange(num_steps))
-        return poisons, potency[-1], passing[-1]
-
-    return craft
-
-
-def judge(work: Work, bench: Bench, trials, images, gamma: str) -> dict[str, Any]:
-    """Returns poisons found, and which targets are taken, without and with the filters."""
-    config, sets = work.config, work.sets
-    poisoned = transfer_poisons.restored(
-        sets.train, trials, images, [{"attacks": [{"name": "adaptive"}]}] * len(images)
-    )
-    trusted = first_of_each_class(sets.trusted, config.trusted_per_class)
-    view = transfer_verdicts.view(bench.victim, sets.train, poisoned, trusted)
-    references = {"dataset": None, "trusted": (view.trusted[0], view.trusted[2])}
-    flagged = {"none": np.zeros_like(view.is_poisoned)}
-    for name, reference in references.items():
-        flagged[name] = np.asarray(
-            transfer_verdicts.characteristic(
-                view.charvec,
-                view.places,
-                view.labels,
-                reference,
-                bench.victim.model.num_classes,
-                gamma,
-            )[0]
-        )
-    outcome = attacks.transfer_outcome(
-        jax.random.key(config.seed), bench.victim, poisoned * len(flagged), sets.test,
-        keep=~np.concatenate([*flagged.values()]),
-    )  # fmt: skip
-    taken = outcome.success.reshape(len(flagged), -1)
-    return {
-        "found": {n: float(f[view.is_poisoned].mean()) for n, f in flagged.items()},
-        "taken": {name: taken[row].tolist() for row, name in enumerate(flagged)},
-    }
-
-
-def report(rows: list[dict[str, Any]]) -> str:
-    """Returns a table of all lambdas, and of the best one for each target."""
-    lines = [
-        "| lambda | objective | taken, no filter | found, data's centroids | taken | "
-        "found, trusted | taken |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        taken = {name: f"{sum(hits)}/{len(hits)}" for name, hits in row["taken"].items()}
-        found = {name: f"{100 * share:.0f} %" for name, share in row["found"].items()}
-        lines.append(
-            f"| {row['lambda']} | {row['objective']:.3f} | {taken['none']} | {found['dataset']} | "
-            f"{taken['dataset']} | {found['trusted']} | {taken['trusted']} |"
-        )
-    ever = {name: np.any([row["taken"][name] for row in rows], axis=0) for name in FILTERS}
-    best = {}
-    for name, hits in ever.items():
-        low, high = attacks.wilson(int(hits.sum()), len(hits))
-        best[name] = f"{hits.sum()}/{len(hits)} [{100 * low:.0f}, {100 * high:.0f}] %"
-    lines.append(
-        f"| the best for each target | - | {best['none']} | - | {best['dataset']} | - | "
-        f"{best['trusted']} |"
-    )
-    return "\n".join(lines)
+    with runs.program(options.run_dir):
+        adaptive.study(options)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""Predicted against real leave-one-out retraining, for a convex model and for a network.
+"""Predicted against real leave-one-out retraining, for a convex model and for a
+network.
 
   python experiments/leave_one_out.py
 
-Influence predicts by how much the loss on a validation set changes when a training example is
-removed: -I_up / N. This script removes examples, trains again, and draws prediction against fact
-for three cases on MNIST (500 images of 7 x 7 pixels, float64):
+Influence predicts by how much the loss on a validation set changes when a
+training example is removed: -I_up / N. This script removes examples, trains
+again, and draws prediction against fact for three cases on MNIST (500 images of
+7 x 7 pixels, float64):
 
   softmax regression        convex: one optimum, to which retraining returns
-  network, warm start       retrained from the weights that the prediction was made at
-  network, from scratch     retrained from the initial weights: the difference of two runs
+  network, warm start       retrained from the weights that the prediction was
+                            made at
+  network, from scratch     retrained from the initial weights: the difference
+                            of two runs
 
-Writes leave_one_out.json and leave_one_out.png into --out.
+Writes result.json and leave_one_out.png into --out.
 """
 
 import argparse
@@ -18,12 +22,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
-import run
 from jax.flatten_util import ravel_pytree
 
-from jaxpoison import curvature, data, influence, solvers
+from jaxpoison import curvature, data, influence, runs, solvers
+from jaxpoison.core.files import check_writable
+from jaxpoison.runs import pictures
 
 NUM_TRAIN, NUM_GROUP, NUM_REMOVED = 500, 500, 60
 L2 = 0.01
@@ -119,15 +123,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/leave_one_out"))
-    parser.add_argument("--steps", type=int, default=3000, help="of gradient descent, from scratch")
+    parser.add_argument("--out", type=Path, default=Path("runs/leave-one-out-mnist-laptop"))
+    parser.add_argument("--steps", type=runs.count, default=3000, help="of gradient descent")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    options.out.mkdir(parents=True, exist_ok=True)
+    with runs.program(options.out):
+        study(check_writable(options.out), options.steps, options.seed)
 
+
+def study(folder: Path, num_steps: int, seed: int) -> None:
+    """Predicts, retrains, and writes results and picture into the folder."""
     group, train = load()
-    removed = np.random.default_rng(options.seed).choice(NUM_TRAIN, NUM_REMOVED, replace=False)
+    removed = np.random.default_rng(seed).choice(NUM_TRAIN, NUM_REMOVED, replace=False)
     everything = jnp.full(NUM_TRAIN, 1 / NUM_TRAIN)
     cases = []
     for name, num_hidden, warm in (
@@ -135,11 +143,11 @@ def main() -> None:
         ("network, warm start", 16, True),
         ("network, from scratch", 16, False),
     ):
-        initial = init_params(jax.random.key(options.seed), num_hidden)
-        trained = jax.jit(descend, static_argnums=3)(initial, train, everything, options.steps)
+        initial = init_params(jax.random.key(seed), num_hidden)
+        trained = jax.jit(descend, static_argnums=3)(initial, train, everything, num_steps)
         predicted = np.asarray(predict(trained, group, train))[removed]
         start = trained if warm else initial
-        actual = retrain(start, removed, group, train, options.steps)
+        actual = retrain(start, removed, group, train, num_steps)
         case = {
             "case": name,
             "pearson": float(np.corrcoef(predicted, actual)[0, 1]),
@@ -147,27 +155,28 @@ def main() -> None:
             "predicted": predicted.tolist(),
             "actual": np.asarray(actual).tolist(),
         }
-        print(f"{name:22s}  Pearson r {case['pearson']:.4f}, slope {case['slope']:.3f}", flush=True)
+        runs.say(f"{name:22s}  Pearson r {case['pearson']:.4f}, slope {case['slope']:.3f}")
         cases.append(case)
-    config = {"l2": L2, "steps": options.steps, "seed": options.seed, "train": NUM_TRAIN}
-    result = {"cases": cases, "config": config, "environment": run.environment()}
-    run.write_json(options.out / "leave_one_out.json", result)
-    draw(cases, options.out / "leave_one_out.png")
+    config = {"l2": L2, "steps": num_steps, "seed": seed, "train": NUM_TRAIN}
+    result = {"cases": cases, "config": config, "environment": runs.environment()}
+    runs.write_json(folder / "result.json", result)
+    draw(cases, folder / "leave_one_out.png")
 
 
 def draw(cases, path):
-    figure, axes = plt.subplots(1, len(cases), figsize=(4 * len(cases), 4), layout="constrained")
+    figure, axes = pictures.pyplot().subplots(
+        1, len(cases), figsize=(4 * len(cases), 4), layout="constrained"
+    )
     for axis, case in zip(axes, cases, strict=True):
         predicted, actual = 1e3 * np.array([case["predicted"], case["actual"]])
         axis.scatter(predicted, actual, s=12)
         ends = np.array([predicted.min(), predicted.max()])
-        axis.plot(ends, ends, color="grey", linewidth=1, label="prediction = fact")
+        axis.plot(ends, ends, color="gray", linewidth=1, label="prediction = fact")
         axis.set_title(f"{case['case']}: r = {case['pearson']:.3f}")
         axis.set_xlabel("predicted change of the validation loss, x 1000")
     axes[0].set_ylabel("change after retraining without it, x 1000")
     axes[0].legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    pictures.save(figure, path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""Characteristic vectors without images: tables, and a network of dense layers with BatchNorm.
+"""Characteristic vectors without images: tables, and a network of dense layers
+with BatchNorm.
 
-  python experiments/tabular_filter.py            # writes results/tabular_filter.json
+  python experiments/tabular_filter.py
 
-An example is a row of a table, so a BatchNorm layer sees each channel once: its mean is the value
-itself and its variance is zero. What is left of arXiv 2403.13523 is the input of every BatchNorm
-layer, compared by cosine (beta = 1). The control is the nearest centroid of features, the last
-layer alone: what characteristic vectors find beyond it, the layers before have added.
+An example is a row of a table, so a BatchNorm layer sees each channel once: its
+mean is the value itself and its variance is zero. What is left of arXiv
+2403.13523 is the input of every BatchNorm layer, compared by cosine (beta = 1).
+The control is the nearest centroid of features, the last layer alone: what
+characteristic vectors find beyond it, the layers before have added.
 
-The extractor learns on a part of each data set of scikit-learn and is frozen. A share p of a class
-of the training set is poisoned, by feature collision and by bullseye polytope, each column within a
-budget in standard deviations; a new head is trained on what a filter keeps.
+The extractor learns on a part of each data set of scikit-learn and is frozen. A
+share p of a class of the training set is poisoned, by feature collision and by
+bullseye polytope, each column within a budget in standard deviations; a new
+head is trained on what a filter keeps.
 """
 
 import argparse
@@ -22,17 +25,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import run
 from sklearn import datasets
 from sklearn.preprocessing import StandardScaler
 
-from jaxpoison import filters, training
-from jaxpoison.attacks import feature_space
+from jaxpoison import filters, runs, training
+from jaxpoison.attacks.bullseye import bullseye
+from jaxpoison.attacks.collision import collision
+from jaxpoison.attacks.transfer import View
+from jaxpoison.core.files import check_writable
 
 TABLES = {"digits": datasets.load_digits, "breast cancer": datasets.load_breast_cancer}
 ATTACKS = {
-    "feature collision": feature_space.collision,
-    "bullseye polytope": feature_space.bullseye,
+    "feature collision": collision,
+    "bullseye polytope": bullseye,
 }
 BUDGETS = (0.1, 0.25, 0.5, 1.0)  # in standard deviations of a column
 PRETRAINING, TRAIN, TRUSTED = 90, 40, 5  # examples of each class; the others are test examples
@@ -124,7 +129,7 @@ def craft(model, variables, objective, bases, targets, labels, budget):
     Args:
       model: the network.
       variables: of the extractor; its own head plays no part.
-      objective: of `feature_space`.
+      objective: of an attack, a function of `View`s.
       bases: float32 [T, P, F].
       targets: float32 [T, F].
       labels: int32 [T], of the bases.
@@ -134,7 +139,7 @@ def craft(model, variables, objective, bases, targets, labels, budget):
 
     def loss_fn(poisons, target, label):
         features = model.apply(variables, poisons, method="features")
-        view = feature_space.View(features, target, variables["params"]["head"], label)
+        view = View(features, target, variables["params"]["head"], label)
         return jnp.sum(objective([view]))
 
     def craft_one(base, target, label):
@@ -271,7 +276,7 @@ def compare(name: str, num_trials: int, shares: tuple[float, ...], seed: int) ->
                             *verdict, is_poisoned, answers, x, trials, sets
                         )
                 rows.append(row)
-                print(f"{name}, {attack}, ±{budget} sd, p = {share}: {successes}/{num_trials}")
+                runs.say(f"{name}, {attack}, ±{budget} sd, p = {share}: {successes}/{num_trials}")
     return {"clean_accuracy": float(right.mean()), "rows": rows}
 
 
@@ -305,24 +310,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--trials", type=int, default=20, help="targets of each attack")
+    parser.add_argument("--trials", type=runs.count, default=20, help="targets of each attack")
     parser.add_argument("--tables", choices=TABLES, nargs="+", default=list(TABLES))
     parser.add_argument(
         "--shares", type=float, nargs="+", default=(0.25, 0.5), help="p of a class; at most 1"
     )
     parser.add_argument("--seed", type=int, default=0)
-    default = Path(__file__).with_name("results") / "tabular_filter.json"
+    default = Path("runs/tabular-sklearn-laptop/result.json")
     parser.add_argument("--out", type=Path, default=default)
     options = parser.parse_args()
-    if options.trials < 1 or not all(1 <= round(p * TRAIN) <= TRAIN for p in options.shares):
-        parser.error(f"--trials must be at least 1, --shares between {1 / TRAIN} and 1")
-    tables = {
-        name: compare(name, options.trials, tuple(options.shares), options.seed)
-        for name in options.tables
-    }
-    print("\n" + report(tables, options.trials))
-    settings = {"trials": options.trials, "shares": list(options.shares), "seed": options.seed}
-    run.write_json(options.out, {**tables, "settings": settings, "environment": run.environment()})
+    if not all(1 <= round(p * TRAIN) <= TRAIN for p in options.shares):
+        parser.error(f"--shares must be between {1 / TRAIN} and 1")
+    with runs.program(options.out.parent):
+        check_writable(options.out.parent)
+        tables = {
+            name: compare(name, options.trials, tuple(options.shares), options.seed)
+            for name in options.tables
+        }
+        settings = {"trials": options.trials, "shares": list(options.shares), "seed": options.seed}
+        result = {**tables, "settings": settings, "environment": runs.environment()}
+        runs.write_json(options.out, result)
+        runs.say("\n" + report(tables, options.trials))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,29 @@
-"""The grid of HINT's Table II: all defences and controls, over p and seeds, at three scales.
+"""The grid of HINT's Table II: all defenses and controls, over p and seeds, at
+three scales.
 
-  python experiments/untargeted.py --preset mnist-laptop       # embedded slice, CPU
-  python experiments/untargeted.py --preset cifar10-laptop     # embedded slice, narrow ResNet
-  python experiments/untargeted.py --preset cifar10-paper --data-dir DIR --poison-ratios 0.6 1
+  python experiments/untargeted.py --preset mnist-laptop   # embedded slice, CPU
+  python experiments/untargeted.py --preset cifar10-laptop # and a narrow ResNet
+  python experiments/untargeted.py --preset cifar10-paper --data-dir DIR \\
+      --poison-ratios 0.6 1
 
-The same command in the same --run-dir continues: it trains what is missing and what had failed.
-Other --seeds, --poison-ratios, --defenses and --controls in that folder add to what is there.
+The same command in the same --run-dir continues: it trains what is missing and
+what had failed. Other --seeds, --poison-ratios, --defenses and --controls in
+that folder add to what is there.
 
-Work at the scale `laptop`, from an idle machine of 2 cores: an MNIST step on 128 images takes
-75 ms, so a cell of 310 steps half a minute; FRIENDS and what ends in `recommended` cost two and
-ATDA six of them, and crafting at p = 1 three minutes. 51 cells a seed are then 50 minutes: 2.5
-hours for three seeds. CIFAR-10, one seed: 45 minutes. Seeds are trained one after another: under
-`vmap` each would have filters of its own, which XLA's CPU backend has no fast convolution for.
+Work at the scale `laptop`, from an idle machine of 2 cores: an MNIST step on
+128 images takes 75 ms, so a cell of 310 steps half a minute; FRIENDS and what
+ends in `recommended` cost two and ATDA six of them, and crafting at p = 1 three
+minutes. 51 cells a seed are then 50 minutes: 2.5 hours for three seeds.
+CIFAR-10, one seed: 45 minutes. Seeds are trained one after another: under
+`vmap` each would have filters of its own, which XLA's CPU backend has no fast
+convolution for.
 """
 
 import dataclasses
 from pathlib import Path
 
-import study
+from common import study
+from common.settings import Config
 
 from jaxpoison.attacks import DeepConfuseConfig
 from jaxpoison.defenses import EpicConfig, FatConfig, FriendsConfig, HintConfig
@@ -41,7 +47,7 @@ CONTROLS = (
 )
 EVERY_RATIO = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
-CIFAR10_PAPER = study.Config(
+CIFAR10_PAPER = Config(
     dataset="cifar10",
     run_dir=Path("runs/untargeted-cifar10-paper"),
     recipe=CIFAR10,
@@ -54,7 +60,7 @@ CIFAR10_PAPER = study.Config(
     trusted_epochs=400,
     checkpoint_every=10,
 )
-MNIST_PAPER = study.Config(
+MNIST_PAPER = Config(
     dataset="mnist",
     run_dir=Path("runs/untargeted-mnist-paper"),
     recipe=MNIST,
@@ -92,7 +98,7 @@ MNIST_HALF = dataclasses.replace(
     seeds=(0, 1, 2),
 )
 # In no mixture by default: --attacks pgd dap dc. Twenty minutes of one core at p = 1 on MNIST, and
-# the strongest attack there (results/untargeted-mnist-dc); on CIFAR-10 not yet measured.
+# the strongest attack there (results/untargeted-mnist-laptop-dc); on CIFAR-10 not yet measured.
 DC_LAPTOP = DeepConfuseConfig(
     trials=6, batch_size=64, width=8, generator_rate=1e-3, classifier_rate=0.05
 )
@@ -114,7 +120,7 @@ CIFAR10_LAPTOP = dataclasses.replace(
     dc=DC_LAPTOP,
     poison_ratios=(0.0, 0.6, 1.0),
     seeds=(0,),
-    trusted_epochs=130,  # as often as the recommended defence sees them
+    trusted_epochs=130,  # as often as the recommended defense sees them
     checkpoint_every=5,
 )
 MNIST_LAPTOP = dataclasses.replace(
@@ -131,7 +137,7 @@ MNIST_LAPTOP = dataclasses.replace(
     dc=DC_LAPTOP,
     poison_ratios=(0.0, 0.4, 0.8, 1.0),
     seeds=(0, 1, 2),
-    trusted_epochs=80,  # as often as the recommended defence sees them
+    trusted_epochs=80,  # as often as the recommended defense sees them
 )
 PRESETS = {
     "cifar10-paper": CIFAR10_PAPER,

@@ -1,4 +1,4 @@
-"""Defences against poisoned training data, in JAX.
+"""Defenses against poisoned training data, in JAX.
 
 `from jaxpoison import influence, solvers` for the influence engine alone (pure JAX);
 `jaxpoison.defenses`, `jaxpoison.attacks`, `jaxpoison.training`, `jaxpoison.models` and

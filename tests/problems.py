@@ -29,7 +29,7 @@ def cross_entropy(logits, labels):
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def _labelled(key, num_examples, dim, num_classes):
+def _labeled(key, num_examples, dim, num_classes):
     feature_key, label_key = jax.random.split(key)
     features = jax.random.normal(feature_key, (num_examples, dim))
     return features, jax.random.randint(label_key, (num_examples,), 0, num_classes)
@@ -47,8 +47,8 @@ def softmax_head(num_train=64, num_group=16, dim=6, num_classes=3) -> Problem:
         output_loss=cross_entropy,
         loss_fn=influence.linear_head_loss,
         params=params,
-        group=_labelled(keys[1], num_group, dim, num_classes),
-        train=_labelled(keys[2], num_train, dim, num_classes),
+        group=_labeled(keys[1], num_group, dim, num_classes),
+        train=_labeled(keys[2], num_train, dim, num_classes),
     )
 
 
@@ -93,8 +93,8 @@ def small_network(num_train=64, num_group=16) -> Problem:
         output_loss=cross_entropy,
         loss_fn=loss_fn,
         params=params,
-        group=_labelled(keys[2], num_group, 5, 3),
-        train=_labelled(keys[3], num_train, 5, 3),
+        group=_labeled(keys[2], num_group, 5, 3),
+        train=_labeled(keys[3], num_train, 5, 3),
     )
 
 

@@ -64,7 +64,7 @@ def test_budget_and_range(name):
 
 def test_pgd_raises_and_dap_lowers_its_objective_for_every_example():
     following = (CLEAN.labels + 1) % 4
-    assert np.all(losses(craft("pgd"), CLEAN.labels) > losses(*CLEAN))
+    assert np.all(losses(craft("pgd"), CLEAN.labels) > losses(CLEAN.images, CLEAN.labels))
     assert np.all(losses(craft("dap"), following) < losses(CLEAN.images, following))
 
 
@@ -237,7 +237,7 @@ def entries(**change):
     ("change", "message"),
     [
         ({"images": None}, "lacks images"),
-        ({"labels": None, "config": None}, "lacks config, labels"),
+        ({"labels": None, "config": None}, "lacks labels, config"),
         ({"attack_id": np.array([0, 2, 1, 0], np.int8)}, r"attack_id must be in 0\.\.1"),
         ({"attack_id": np.array([0, -1, 1, 0], np.int8)}, r"attack_id must be in 0\.\.1"),
         ({"attack_id": np.zeros(3, np.int8)}, "expected one integer for each of 4"),
@@ -247,8 +247,8 @@ def entries(**change):
         ({"labels": np.zeros(3, np.int32)}, "4 images but 3 labels"),
         ({"images": np.full((4, 2, 2, 1), np.nan, np.float32)}, "NaN"),
         ({"images": np.full((4, 2, 2, 1), 255, np.float32)}, r"\[0, 1\]"),
-        ({"images": np.zeros((4, 2, 2, 1), object)}, "not a readable archive"),
-        ({"config": np.array({"attacks": []}, object)}, "not a readable archive"),
+        ({"images": np.zeros((4, 2, 2, 1), object)}, "cannot be read as an archive of poisons"),
+        ({"config": np.array({"attacks": []}, object)}, "cannot be read as an archive of poisons"),
         ({"config": np.array("{")}, "not JSON"),
         ({"config": np.array("[]")}, "list of attacks"),
         ({"config": np.array('{"attacks": 3}')}, "list of attacks"),
@@ -276,7 +276,7 @@ def test_damaged_archives(tmp_path):
     for content in (b"", whole[:-1], whole[: len(whole) // 2], bytes(broken), b"not an archive",
                     one_array.read_bytes()):  # fmt: skip
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"bad\.npz is not a readable archive"):
+        with pytest.raises(ValueError, match=r"bad\.npz cannot be read as an archive of poisons"):
             attacks.load(path)
     with pytest.raises(FileNotFoundError):
         attacks.load(tmp_path / "nothing.npz")

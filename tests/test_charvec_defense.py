@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bn_networks import variables_of
+from defended import begin
 
-from jaxpoison import filters, models, parallel, training
+from jaxpoison import filters, models, network, training
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense, HintConfig, chain, characteristic_filter, hint, none
-from jaxpoison.defenses.base import keep_batch
 from jaxpoison.filters import ContaminationWarning
 from jaxpoison.training import heads
+from jaxpoison.training.hooks import Info, with_ids
 
-ONE = parallel.data_mesh(jax.devices()[:1])
+ONE = devices.data_mesh(jax.devices()[:1])
 RECIPE = training.Recipe(
     epochs=2, batch_size=8, learning_rate=0.05, milestones=(), max_shift=0.0, flip=False
 )
@@ -33,15 +35,15 @@ class Body(nn.Module):
 MODEL = models.Classifier(Body(), num_features=4, num_classes=3)
 
 
-def coloured(num_examples, seed):
-    """Images in the colour of their class."""
+def colored(num_examples, seed):
+    """Images in the color of their class."""
     rng = np.random.default_rng(seed)
     labels = (np.arange(num_examples) % 3).astype(np.int32)
     images = 0.2 * rng.random((num_examples, 4, 4, 3)) + 0.6 * np.eye(3)[labels][:, None, None]
     return Dataset(images.astype(np.float32), labels)
 
 
-CLEAN, TRUSTED = coloured(40, 0), coloured(15, 1)
+CLEAN, TRUSTED = colored(40, 0), colored(15, 1)
 WRONG = np.array([3, 9, 17, 30])
 TRAIN = Dataset(CLEAN.images, np.where(np.isin(np.arange(40), WRONG), 2, CLEAN.labels))
 WRONG = np.flatnonzero(TRAIN.labels != CLEAN.labels)
@@ -94,48 +96,37 @@ def test_hint_after_the_filter_sees_what_is_left():
     np.testing.assert_array_equal(chosen, KEPT[among_the_rest])  # told of the set as collected
 
 
-def test_a_chain_of_chains_keeps_what_all_of_them_keep():
+def test_a_chain_of_chains_drops_what_any_of_them_drops():
     def dropping(name):
         """Drops for good the first of what it is given, and singles out the second."""
 
         def on_epoch(state, epoch, train_state, dataset):
             size = len(dataset.labels)
-            return (
-                state,
-                Dataset(dataset.images[1:], dataset.labels[1:]),
-                {"chosen": np.arange(size) == 1, name: float(size)},
-            )
+            return state, dataset.take(slice(1, None)), Info({name: size}, dataset.ids[1:2], True)
 
-        return Defense(
-            lambda key, dataset: jnp.float32(len(dataset.labels)),
-            on_epoch,
-            keep_batch,
-            lambda state, num_examples: np.arange(num_examples) > 0,
-        )
+        return Defense(on_epoch=on_epoch)
 
     defense = chain(dropping("a"), chain(none(), dropping("b")), dropping("c"))
-    state = defense.init(jax.random.key(0), TRAIN)
-    sizes = [float(leaf) for leaf in jax.tree.leaves(state)]
-    assert sizes == [40, 39, 38]  # what each was given
-    _, dataset, info = defense.on_epoch(state, 0, None, TRAIN)
+    state, train = begin(defense, jax.random.key(0), TRAIN)
+    _, dataset, info = defense.on_epoch(state, 0, None, train)
     np.testing.assert_array_equal(dataset.labels, TRAIN.labels[3:])
-    assert np.flatnonzero(info.pop("chosen")).tolist() == [3]  # of the last, among all 40
-    assert info == {"a": 40, "b": 39, "c": 38}
-    np.testing.assert_array_equal(np.flatnonzero(defense.keep(state, 40)), np.arange(3, 40))
+    assert info.chosen.tolist() == [3]  # of the last, among all 40
+    assert info.metrics == {"a": 40, "b": 39, "c": 38}  # what each was given
+    np.testing.assert_array_equal(dataset.ids, np.arange(3, 40))
 
 
 def test_settings_reach_the_filter_and_the_warning_the_user():
     with warnings.catch_warnings():
         warnings.simplefilter("error", ContaminationWarning)
-        assert not np.all(the_filter().init(jax.random.key(0), TRAIN))
-        tolerant = the_filter(margin=10.0, metric="l2").init(jax.random.key(0), TRAIN)
+        assert not np.all(the_filter().init(jax.random.key(0), with_ids(TRAIN), 1))
+        tolerant = the_filter(margin=10.0, metric="l2").init(jax.random.key(0), with_ids(TRAIN), 1)
         assert np.all(tolerant)
     alone = characteristic_filter(MODEL, EXTRACTOR, mesh=ONE)
     with pytest.warns(ContaminationWarning, match="computed from the data that is filtered"):
-        kept = alone.init(jax.random.key(0), TRAIN)
+        kept = alone.init(jax.random.key(0), with_ids(TRAIN), 1)
     with pytest.warns(ContaminationWarning):
         model = filters.CharacteristicVectorFilter(MODEL, EXTRACTOR, mesh=ONE)
-        want = model.fit_filter(*TRAIN).keep_mask
+        want = model.fit_filter(TRAIN.images, TRAIN.labels).keep_mask
     np.testing.assert_array_equal(kept, want)
 
 
@@ -143,10 +134,14 @@ def test_bad_sets():
     with pytest.raises(ValueError, match="trusted set: images have shape"):
         characteristic_filter(MODEL, EXTRACTOR, Dataset(TRUSTED.images[0], TRUSTED.labels))
     with pytest.raises(ValueError, match="training set: labels are int64"):
-        the_filter().init(jax.random.key(0), TRAIN._replace(labels=TRAIN.labels.astype(np.int64)))
-    few = Dataset(*(array[TRUSTED.labels > 0] for array in TRUSTED))
+        the_filter().init(
+            jax.random.key(0), TRAIN._replace(labels=TRAIN.labels.astype(np.int64)), 1
+        )
+    few = TRUSTED.take(TRUSTED.labels > 0)
     with pytest.raises(ValueError, match=r"no centroids for the labels \[0\]"):
-        characteristic_filter(MODEL, EXTRACTOR, few, mesh=ONE).init(jax.random.key(0), TRAIN)
+        characteristic_filter(MODEL, EXTRACTOR, few, mesh=ONE).init(
+            jax.random.key(0), with_ids(TRAIN), 1
+        )
 
 
 # A head on the frozen extractor, without augmentation
@@ -155,13 +150,13 @@ HEAD = training.HeadRecipe(epochs=3, batch_size=None, milestones=(2,))
 
 
 def fit_head(train, defense=None, recipe=HEAD):
-    """By `fit_defended_head`, or by `fit_head` without a defence."""
+    """By `fit_defended_head`, or by `fit_head` without a defense."""
     key = jax.random.key(3)
     if defense is not None:
         return training.fit_defended_head(
             key, MODEL, EXTRACTOR, train, defense, recipe=recipe, mesh=ONE
         )
-    features = training.features(MODEL, EXTRACTOR, train.images, mesh=ONE)
+    features = network.features(MODEL, EXTRACTOR, train.images, mesh=ONE)
     return training.fit_head(key, features, jnp.asarray(train.labels), num_classes=3, recipe=recipe)
 
 
@@ -170,7 +165,7 @@ def assert_same_head(one, other):
         np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_head_with_no_defence_is_that_of_fit_head():
+def test_a_head_with_no_defense_is_that_of_fit_head():
     recipe = dataclasses.replace(HEAD, batch_size=16)  # the last of three batches is not full
     assert_same_head(fit_head(TRAIN, none(), recipe), fit_head(TRAIN, recipe=recipe))
 
@@ -182,7 +177,7 @@ def test_a_head_behind_the_filter_is_that_of_what_is_left():
     assert np.abs(head["kernel"] - fit_head(TRAIN)["kernel"]).max() > 1e-3
 
 
-def test_a_defence_sees_the_head_and_features_follow_what_it_does_to_images(monkeypatch):
+def test_a_defense_sees_the_head_and_features_follow_what_it_does_to_images(monkeypatch):
     seen, passes, darker = [], [], TRAIN._replace(images=0.5 * TRAIN.images)
     real = heads.features
 
@@ -192,12 +187,12 @@ def test_a_defence_sees_the_head_and_features_follow_what_it_does_to_images(monk
 
     def on_epoch(state, epoch, train_state, dataset):
         seen.append(train_state.params["head"])
-        return state, (dataset if epoch == 0 else darker), ({"changed": 1.0} if epoch == 1 else {})
+        return state, (dataset if epoch == 0 else darker), Info(changed=epoch == 1)
 
     monkeypatch.setattr(heads, "features", counted)
-    defense = Defense(lambda key, dataset: (), on_epoch, keep_batch)
+    defense = Defense(on_epoch=on_epoch)
     fit_head(TRAIN, defense)
-    assert len(passes) == 2  # once, and once more when the defence said that it changed something
+    assert len(passes) == 2  # once, and once more when the defense said that it changed something
     np.testing.assert_array_equal(passes[0], TRAIN.images)
     np.testing.assert_array_equal(passes[1], darker.images)
     first = fit_head(TRAIN, none(), dataclasses.replace(HEAD, epochs=1))

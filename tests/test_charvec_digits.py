@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from jaxpoison import attacks, filters, models, parallel, training
+from jaxpoison import attacks, evaluation, filters, models, network, training
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset, to_float
 
 PER_CLASS = 50
@@ -53,15 +54,15 @@ def parts():
 def victim():
     extractor, train, _, _ = parts()
     recipe = training.Recipe(epochs=20, batch_size=64, milestones=(15,), max_shift=0, flip=False)
-    one = parallel.data_mesh(jax.devices()[:1])  # eight would wait for each other at every step
+    one = devices.data_mesh(jax.devices()[:1])  # eight would wait for each other at every step
     # Training amplifies rounding. From some keys, 0 among them, one version of JAX gives a network
     # of which not all holds that is tested here; from this one all versions tried agree.
     state = training.fit(MODEL, recipe, extractor, key=jax.random.key(5), mesh=one)
     variables = jax.device_get(state.variables)
-    features = training.features(MODEL, variables, train.images)
+    features = network.features(MODEL, variables, train.images)
     fit = jax.jit(functools.partial(training.fit_head, num_classes=10))
     head = fit(jax.random.key(1), features, train.labels)
-    return attacks.Victim(MODEL, training.with_head(variables, head))
+    return attacks.Victim(MODEL, network.as_network(MODEL).with_head(variables, head))
 
 
 @functools.cache
@@ -86,7 +87,7 @@ def successful(num_poisons):
 
 
 def judge(sets, keep=None):
-    return attacks.transfer_outcome(jax.random.key(4), victim(), sets, parts()[3], keep=keep)
+    return evaluation.transfer_outcome(jax.random.key(4), victim(), sets, parts()[3], keep=keep)
 
 
 def filtered(sets, centroids):
@@ -94,7 +95,7 @@ def filtered(sets, centroids):
     filter_ = filters.CharacteristicVectorFilter(
         MODEL, victim().variables, preprocess=to_float, centroids=centroids
     )
-    trusted = tuple(parts()[2]) if centroids == "trusted" else None
+    trusted = parts()[2] if centroids == "trusted" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", filters.ContaminationWarning)
         flagged = np.stack(

@@ -22,7 +22,8 @@ from bn_networks import (
 )
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpoison import filters, parallel
+from jaxpoison import filters
+from jaxpoison.core import devices
 from jaxpoison.filters import extraction
 
 
@@ -181,7 +182,7 @@ def test_self_statistics_of_a_shared_layer_are_kept_apart():
     variables = variables_of(Shared(), x)
     charvec = extract(Shared(), variables, x, stats="self", train=True)
     assert charvec.paths == ("Norm_0/BatchNorm_0", "Norm_0/BatchNorm_0#2")
-    for n in range(2):  # the first call sees the input of the network that is not normalised yet
+    for n in range(2):  # the first call sees the input of the network that is not normalized yet
         calls = reference(Shared(), variables, x[n : n + 1])["Norm_0"]
         np.testing.assert_allclose(charvec.blocks[0].mean[n], calls[0].mean((0, 1, 2)), rtol=1e-5)
         assert np.abs(charvec.blocks[1].mean[n] - charvec.blocks[0].mean[n]).max() > 0.1
@@ -195,9 +196,9 @@ def test_under_vmap_grad_and_sharding():
         x.reshape(2, 4, 8, 6, 3)
     )
     np.testing.assert_allclose(stacked.ravel().reshape(8, -1), want, rtol=1e-5, atol=1e-6)
-    mesh = parallel.data_mesh(jax.devices()[:4])
+    mesh = devices.data_mesh(jax.devices()[:4])
     placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
-    sharded = extract(model, parallel.replicate(variables, mesh), placed)
+    sharded = extract(model, devices.replicate(variables, mesh), placed)
     np.testing.assert_allclose(sharded.ravel(), want, rtol=1e-5, atol=1e-6)
     mapped = jax.jit(
         jax.shard_map(

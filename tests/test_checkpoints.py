@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpoison import models, parallel, training
+from jaxpoison import models, training
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import HintConfig, hint
 from jaxpoison.models import layers
@@ -41,7 +42,7 @@ def train(folder=None, report=None):
     checkpoints = None
     if folder is not None:
         checkpoints = training.Checkpoints(folder, every=1, identity="test")
-    mesh = parallel.data_mesh(jax.devices()[:1])
+    mesh = devices.data_mesh(jax.devices()[:1])
     return training.fit(
         model, RECIPE, random_set(20, 0), key=jax.random.key(3), mesh=mesh, report=report,
         defense=hint(model, random_set(9, 1), config, mesh=mesh), checkpoints=checkpoints,
@@ -114,6 +115,21 @@ def save(folder, tree, epoch=3, identity="a"):
 
 def restore(folder, like, identity="a"):
     return training.Checkpoints(folder, every=1, identity=identity).restore(like)
+
+
+def test_weights_that_a_disk_has_changed_are_not_continued_from(tmp_path):
+    save(tmp_path / "run", TREE)
+    save(tmp_path / "other", {**TREE, "w": TREE["w"].at[3, 2].add(1e-3)})
+    shutil.rmtree(tmp_path / "run" / "3" / "state")
+    shutil.copytree(tmp_path / "other" / "3" / "state", tmp_path / "run" / "3" / "state")
+    with pytest.raises(ValueError, match=r"run/3 is damaged.*checksum.*delete"):
+        restore(tmp_path / "run", TREE)
+
+
+def test_home_stands_for_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save("~/runs", TREE)
+    assert (tmp_path / "runs" / "3").is_dir()
 
 
 TREE = {"w": jnp.arange(40.0).reshape(8, 5), "n": jnp.int32(7), "key": jax.random.key(11)}
@@ -199,10 +215,10 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
 def test_saved_on_four_devices_and_restored_on_two(tmp_path):
     def place(tree, num_devices):
-        mesh = parallel.data_mesh(jax.devices()[:num_devices])
+        mesh = devices.data_mesh(jax.devices()[:num_devices])
         return {
-            "w": parallel.shard_examples(tree["w"], mesh),
-            **parallel.replicate({"n": tree["n"], "key": tree["key"]}, mesh),
+            "w": devices.shard_examples(tree["w"], mesh),
+            **devices.replicate({"n": tree["n"], "key": tree["key"]}, mesh),
         }
 
     save(tmp_path, place(TREE, 4))
@@ -219,7 +235,7 @@ def test_saves_every_few_epochs_and_at_the_end(tmp_path, monkeypatch):
     model = models.Classifier(Body(), num_features=4, num_classes=3)
     training.fit(
         model, RECIPE, random_set(8, 0), key=jax.random.key(0),
-        mesh=parallel.data_mesh(jax.devices()[:1]),
+        mesh=devices.data_mesh(jax.devices()[:1]),
         checkpoints=training.Checkpoints(tmp_path, every=2, identity="a"),
     )  # fmt: skip
     assert saved == [2, 4, 5]

@@ -1,4 +1,4 @@
-"""The controls of HINT's comparison, and the recommended defence: what each does to the data."""
+"""The controls of HINT's comparison, and the recommended defense: what each does to the data."""
 
 import functools
 
@@ -6,9 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from defended import begin
 
-from jaxpoison import models, parallel, training
+from jaxpoison import models, training
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import (
     Defense,
@@ -16,17 +19,16 @@ from jaxpoison.defenses import (
     add_trusted,
     chain,
     cutmix,
-    grey,
+    gray,
     hint,
     jpeg,
     mixup,
-    none,
     recommended,
     refit_head,
 )
-from jaxpoison.defenses.base import keep_batch, keep_epoch
 from jaxpoison.defenses.squeezing import compress
-from jaxpoison.training.fit import losses_and_hits
+from jaxpoison.training._fit import losses_and_hits
+from jaxpoison.training.hooks import Info, with_ids
 
 RECIPE = training.Recipe(
     epochs=3, batch_size=16, learning_rate=0.2, milestones=(1,), max_shift=0.0, flip=False
@@ -57,7 +59,7 @@ TRUSTED = random_set(18, 1)
 
 
 def one_device():
-    return parallel.data_mesh(jax.devices()[:1])
+    return devices.data_mesh(jax.devices()[:1])
 
 
 def fit(defense=None, train=None, **more):
@@ -82,11 +84,11 @@ def batch_of(num_examples=64, side=8):
 
 @functools.cache
 def squeezed(kind):
-    """Returns 100 real images, and what a defence makes of them before every epoch."""
+    """Returns 100 real images, and what a defense makes of them before every epoch."""
     train = load_embedded(kind).train
     train = Dataset(train.images[:100], train.labels[:100])
     defense = jpeg()
-    state = defense.init(KEY, train)
+    state, train = begin(defense, KEY, train)
     (_, first, _), (_, later, _) = (defense.on_epoch(state, epoch, None, train) for epoch in (0, 5))
     assert_same(first, later)
     return train, Dataset(*map(np.asarray, first))
@@ -104,30 +106,30 @@ def test_jpeg_keeps_the_picture(kind):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_jpeg_takes_fine_noise_away(channels):
-    """A chequered pattern lies in the frequency that is rounded most coarsely."""
-    chequered = np.indices((16, 16)).sum(0)[None, ..., None] % 2
+    """A checkered pattern lies in the frequency that is rounded most coarsely."""
+    checkered = np.indices((16, 16)).sum(0)[None, ..., None] % 2
     flat = np.full((1, 16, 16, channels), 120, np.uint8)
-    noisy = (flat + 16 * chequered - 8).astype(np.uint8)
+    noisy = (flat + 16 * checkered - 8).astype(np.uint8)
     before, after = (
-        np.asarray(jpeg().init(KEY, Dataset(images, np.zeros(1, np.int32))))
+        np.asarray(jpeg().init(KEY, Dataset(images, np.zeros(1, np.int32)), 1))
         for images in (flat, noisy)
     )
     np.testing.assert_array_equal(after, before)
-    kept = np.asarray(jpeg(95).init(KEY, Dataset(noisy, np.zeros(1, np.int32)))).astype(float)
+    kept = np.asarray(jpeg(95).init(KEY, Dataset(noisy, np.zeros(1, np.int32)), 1)).astype(float)
     assert np.std(kept) > 6  # at a high quality it stays
 
 
 def test_jpeg_takes_floats_as_the_bytes_they_round_to():
     train, after = squeezed("cifar10")
     floats = Dataset((train.images / 255).astype(np.float32), train.labels)
-    np.testing.assert_array_equal(jpeg().init(KEY, floats), after.images)
+    np.testing.assert_array_equal(jpeg().init(KEY, floats, 1), after.images)
 
 
-def test_grey_is_the_luma_of_pillow():
+def test_gray_is_the_luma_of_pillow():
     from PIL import Image
 
     train, _ = squeezed("cifar10")
-    _, after, _ = grey().on_epoch((), 0, None, train)
+    _, after, _ = gray().on_epoch((), 0, None, train)
     want = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in train.images])
     images = np.asarray(after.images)
     assert images.shape == train.images.shape and images.min() >= 0 and images.max() <= 1
@@ -202,22 +204,18 @@ def cutmix_of_shares():
         assert batch.labels.shape == (16, 3)
         return batch
 
-    return Defense(lambda key, dataset: (), keep_epoch, on_batch)
+    return Defense(on_batch=on_batch)
 
 
 def test_trusted_examples_added_are_those_of_the_joined_set():
     train = random_set()
     defense = add_trusted(TRUSTED, repeats=2, mesh=one_device())
-    _, dataset, _ = defense.on_epoch((), 0, None, Dataset(*map(jnp.asarray, train)))
-    assert defense.size(48) == len(dataset.labels) == 48 + 36
-    joined = Dataset(
-        *(
-            np.concatenate([ours, theirs, theirs])
-            for ours, theirs in zip(train, TRUSTED, strict=True)
-        )
-    )
-    assert_same(Dataset(*map(np.asarray, dataset)), joined)
-    # The same steps at the same learning rates, whose milestone counts the larger epochs.
+    _, dataset, _ = defense.on_epoch((), 0, None, jax.tree.map(jnp.asarray, with_ids(train)))
+    assert len(dataset.labels) == 48 + 36
+    np.testing.assert_array_equal(dataset.ids, np.r_[:48, np.full(36, -1)])
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts), train, TRUSTED, TRUSTED)
+    assert_same(Dataset(np.asarray(dataset.images), np.asarray(dataset.labels)), joined)
+    # The same steps at the same learning rates: the milestone counts epochs.
     added = fit(defense)
     assert_same(added.params, fit(train=joined).params)
     assert int(added.step) == 3 * (84 // 16)
@@ -225,21 +223,21 @@ def test_trusted_examples_added_are_those_of_the_joined_set():
 
 @pytest.mark.parametrize(("num_train", "repeats"), [(48, 3), (5, 1)])
 def test_trusted_examples_may_be_half_of_an_epoch(num_train, repeats):
-    train = jax.tree.map(lambda x: jnp.asarray(x[:num_train]), random_set())
+    train = jax.tree.map(lambda x: jnp.asarray(x[:num_train]), with_ids(random_set()))
     defense = add_trusted(TRUSTED, repeats=None, mesh=one_device())  # 18 of them
     _, dataset, _ = defense.on_epoch((), 0, None, train)
-    assert defense.size(num_train) == len(dataset.labels) == num_train + 18 * repeats
+    assert len(dataset.labels) == num_train + 18 * repeats
     np.testing.assert_array_equal(dataset.labels[num_train:], np.tile(TRUSTED.labels, repeats))
 
 
 def test_trusted_examples_added_and_half_dropped_keep_the_schedule():
     def keep_half(state, epoch, train_state, dataset):
-        return state, jax.tree.map(lambda x: x[: len(dataset.labels) // 2], dataset), {}
+        return state, dataset.take(slice(len(dataset.labels) // 2)), Info(changed=True)
 
-    half = Defense(lambda key, dataset: (), keep_half, keep_batch)
+    half = Defense(on_epoch=keep_half)
     state = fit(chain(add_trusted(TRUSTED, mesh=one_device()), half))
-    # 66 examples are 4 steps an epoch, of which 2 are taken: the last epoch begins at step 8.
-    assert int(state.step) == 2 * 4 + 2
+    assert int(state.step) == 3 * 2  # 66 examples, of which half are two batches
+    assert int(optax.tree.get(state.opt_state, "epoch")) == 2
 
 
 def test_a_new_head_leaves_the_body_and_separates_the_trusted_set():
@@ -276,7 +274,6 @@ def test_recommended_is_trusted_examples_as_half_of_an_epoch():
     defense = recommended(TRUSTED, mesh=one_device())
     got = fit(defense)
     assert_same(got.params, fit(add_trusted(TRUSTED, repeats=3, mesh=one_device())).params)
-    assert defense.size(48) == 48 + 54 and none().size(48) == 48
     log = []  # HINT before it sees, and tells of, the set as collected
     healthy = hint(
         MODEL, TRUSTED, HintConfig(ratio=1.0, mass=0.9, schedule=(1,)), mesh=one_device()
@@ -289,7 +286,8 @@ def test_recommended_is_trusted_examples_as_half_of_an_epoch():
 def test_jpeg_before_recommended_squeezes_the_collected_images_alone():
     train, trusted = random_set(), TRUSTED
     defense = chain(jpeg(), recommended(trusted, mesh=one_device()))
-    _, epoch, _ = defense.on_epoch(defense.init(KEY, train), 0, None, train)
+    state, collected = begin(defense, KEY, train)
+    _, epoch, _ = defense.on_epoch(state, 0, None, collected)
     jpegs, as_they_come = np.split(np.asarray(epoch.images), [len(train.labels)])
     np.testing.assert_allclose(jpegs, compress(train.images, 10) / 255, rtol=1e-6)
     np.testing.assert_array_equal(as_they_come, np.tile(trusted.images, (3, 1, 1, 1)))
@@ -305,8 +303,8 @@ def test_jpeg_before_recommended_squeezes_the_collected_images_alone():
         (lambda: add_trusted(TRUSTED, repeats=0), "repeats"),
         (lambda: add_trusted(Dataset(TRUSTED.images, 0 * TRUSTED.labels)), "one-class"),
         (lambda: refit_head(MODEL, Dataset(TRUSTED.images, 9 + TRUSTED.labels)), "out of range"),
-        (lambda: grey().init(KEY, random_set()), "channels"),
-        (lambda: jpeg().init(KEY, Dataset(np.zeros((2, 4, 4, 2), np.uint8), TRUSTED.labels[:2])),
+        (lambda: gray().init(KEY, random_set(), 1), "channels"),
+        (lambda: jpeg().init(KEY, Dataset(np.zeros((2, 4, 4, 2), np.uint8), TRUSTED.labels[:2]), 1),
          "channels"),
     ],
 )  # fmt: skip

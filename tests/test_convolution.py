@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
-from jaxpoison import loops
+from jaxpoison.core import loops
 from jaxpoison.models import convolution
 
 PLAIN = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}

@@ -1,14 +1,24 @@
 """The experiments as a user runs them: as programs, killed and started again."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import cifar_hint
+import mnist_hint
 import pytest
+import tables
+import transfer_filter
+import untargeted
+from common import cli, predictions, registry, sources, study
+
+from jaxpoison.runs import pictures
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -23,8 +33,8 @@ def command(script, run_dir, *flags):
     return [sys.executable, str(ROOT / "experiments" / script), "--run-dir", str(run_dir), *flags]
 
 
-def run(script, run_dir, *flags):
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "COLUMNS": "200"}
+def run(script, run_dir, *flags, **variables):
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "COLUMNS": "200"} | variables
     return subprocess.run(
         command(script, run_dir, *flags),
         capture_output=True,
@@ -42,16 +52,17 @@ def losses(run_dir):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run from start to end, without interruption."""
+    """A run from start to end, without interruption, on a terminal that knows ASCII only."""
     run_dir = tmp_path_factory.mktemp("mnist") / "run"
-    return run_dir, run("mnist_hint.py", run_dir, *TINY)
+    return run_dir, run("mnist_hint.py", run_dir, *TINY, PYTHONIOENCODING="ascii")
 
 
 def test_a_run_leaves_table_picture_and_results(whole):
     run_dir, done = whole
     assert done.returncode == 0, done.stderr
     assert "| 1 | HINT |" in done.stdout and "trusted images alone" in done.stdout
-    assert "74.62" in done.stdout  # the paper's row beside ours
+    assert "74.62 ? 0.94" in done.stdout  # the paper's row next to ours, as the terminal can
+    assert "74.62 ± 0.94" in (run_dir / "table.md").read_text()
     assert (run_dir / "noise.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((run_dir / "result.json").read_text())
     assert [row["defense"] for row in result["rows"]] == ["none", "none", "hint", "trusted"]
@@ -70,10 +81,17 @@ def test_a_run_logs_the_evidence_of_each_update(whole):
         assert {"step_255_q50", "share_at_beta", "features_seconds"} <= line.keys()
 
 
-def test_running_again_does_no_work_twice(whole):
-    run_dir, first = whole
-    again = run("mnist_hint.py", run_dir, *TINY)
+def test_running_again_elsewhere_does_no_work_twice_and_removes_what_a_kill_left(whole, tmp_path):
+    whole_dir, first = whole
+    run_dir = shutil.copytree(whole_dir, tmp_path / "moved")
+    left = run_dir / "checkpoints" / "seed0-p1-hint" / "4"
+    left.mkdir(parents=True)
+    (run_dir / "predictions.png").write_bytes(b"\x89PNG half")
+    again = run("mnist_hint.py", run_dir, *TINY, PYTHONIOENCODING="ascii")
     assert again.returncode == 0, again.stderr
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["seed0-p0-none"]
+    assert pictures.is_whole(run_dir / "predictions.png")
+    assert "run_dir" not in json.loads((run_dir / "config.json").read_text())
     assert "epoch" not in again.stdout.split("Test accuracy")[0]
     assert (
         again.stdout.split("Test accuracy")[1].split("picture")[0]
@@ -81,30 +99,49 @@ def test_running_again_does_no_work_twice(whole):
     )
 
 
-def test_killed_and_started_again_ends_with_the_same_bits(whole, tmp_path):
+def stop(run_dir, cell, epoch, number):
+    """Starts the run, sends it a signal after an epoch of a cell; returns (status, stderr)."""
+    metrics = run_dir / "metrics.jsonl"
+    # In the background of a shell SIGINT is ignored, and children inherit that.
+    listening = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", listening, *command("mnist_hint.py", run_dir, *TINY)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        cwd=run_dir.parent,
+    ) as process:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None:
+            if metrics.exists() and f'"cell": "{cell}", "epoch": {epoch}' in metrics.read_text():
+                process.send_signal(number)
+                break
+            time.sleep(0.05)
+        _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def test_stopped_killed_and_started_again_ends_with_the_same_bits(whole, tmp_path):
     whole_dir, _ = whole
     run_dir = tmp_path / "run"
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
-    process = subprocess.Popen(
-        command("mnist_hint.py", run_dir, *TINY),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        cwd=tmp_path,
-    )
-    metrics = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    # Kill in the middle of HINT's training, after its first update.
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and '"cell": "seed0-p1-hint", "epoch": 1' in metrics.read_text():
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.05)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
+    stopped = stop(run_dir, "seed0-p0-none", 1, signal.SIGINT)
+    assert stopped == (130, "stopped; the same command continues\n")
+    # In the middle of HINT's training, after its first update.
+    status, _ = stop(run_dir, "seed0-p1-hint", 1, signal.SIGKILL)
+    assert status == -signal.SIGKILL
     resumed = run("mnist_hint.py", run_dir, *TINY)
     assert resumed.returncode == 0, resumed.stderr
     assert losses(run_dir) == losses(whole_dir)  # exactly: floats as JSON writes them
+    for path in (whole_dir / "predictions").iterdir():
+        for got, want in zip(
+            predictions.read(run_dir / "predictions" / path.name), predictions.read(path),
+            strict=True,
+        ):  # fmt: skip
+            assert got.tolist() == want.tolist()
 
 
 def test_cifar_runs(tmp_path):
@@ -119,7 +156,7 @@ def test_cifar_runs(tmp_path):
     [
         (("--poison-ratios", "1.5"), "poison ratios p must be in [0, 1], not 1.5"),
         (("--hint.ratio", "0.001"), "less than one example"),
-        (("--hint.schedule", "9"), "goes beyond the 4 epochs"),
+        (("--hint.schedule", "9"), "which a run of 4 epochs never reaches"),
         (("--epsilon", "8"), "epsilon is in units of pixels"),
         (("--data", "full", "--data-dir", "nowhere"), "jaxpoison.data.prepare"),
         (("--preset", "best"), "invalid choice: 'best'"),
@@ -130,7 +167,7 @@ def test_bad_settings_are_refused_before_any_work(tmp_path, flags, message):
     assert done.returncode != 0
     assert message in " ".join(done.stderr.split()), done.stderr
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_folder_of_another_run_is_refused(whole):
@@ -145,3 +182,69 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     done = run("mnist_hint.py", tmp_path / "file", *TINY)
     assert done.returncode != 0
     assert "cannot write to" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_examples": -50}, "--train-examples must be at least 1, not -50"),
+        ({"width": 0}, "--width must be at least 1, not 0"),
+        ({"blocks": ()}, "--blocks must name at least one stage"),
+        ({"blocks": (1, 0)}, "--blocks must be at least 1, not 0"),
+        ({"seeds": (-1,)}, "--seeds must be at least 0, not -1"),
+        ({"checkpoint_every": 0}, "--checkpoint-every must be at least 1, not 0"),
+        ({"data_dir": "x"}, "--data-dir x has no effect on the slice inside the package"),
+    ],
+)
+def test_flags_that_no_experiment_can_use_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        cli.check_flags(dataclasses.replace(cifar_hint.QUICK, **change))
+
+
+def test_flags_of_inner_settings_are_named_and_presets_pass():
+    config = mnist_hint.QUICK
+    object.__setattr__(recipe := dataclasses.replace(config.recipe), "batch_size", 0)
+    with pytest.raises(ValueError, match=r"--recipe\.batch-size must be at least 1, not 0"):
+        cli.check_flags(dataclasses.replace(config, recipe=recipe))
+    for module in (cifar_hint, mnist_hint):
+        cli.check_flags(module.PAPER)
+    for presets in (untargeted.PRESETS, transfer_filter.PRESETS):
+        for preset in presets.values():
+            cli.check_flags(preset)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_examples": 32, "poison_ratios": (0.01,)}, "are 0 poisons, fewer than the 2"),
+        ({"train_examples": 64}, "fewer than one batch"),
+        (
+            {"defenses": ("none", "hint"), "recipe": {"epochs": 4}},
+            "which a run of 4 epochs never reaches",
+        ),
+        ({"attacks": ("pgd", "luck")}, "unknown attacks: luck; there are pgd, dap"),
+    ],
+)
+def test_what_would_do_nothing_or_fail_late_is_refused_first(change, message):
+    config = mnist_hint.QUICK
+    recipe = {"batch_size": 128 if message.startswith("fewer") else 32} | change.pop("recipe", {})
+    recipe = dataclasses.replace(config.recipe, **recipe)
+    config = dataclasses.replace(config, recipe=recipe, **{"train_examples": 64, **change})
+    with pytest.raises(ValueError, match=message):
+        study.check(config, sources.build_model(config))
+
+
+def test_damaged_predictions_are_named(tmp_path):
+    path = tmp_path / "predictions" / "cell.npz"
+    path.parent.mkdir()
+    path.write_bytes(b"PK half")
+    with pytest.raises(ValueError, match=r"cell\.npz is damaged .*delete it and .*cell\.json"):
+        predictions.read(path)
+
+
+def test_every_name_is_listed_once_in_lines_that_fit():
+    lines = registry.listing(registry.DEFENSES).splitlines()
+    names = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert names == list(registry.DEFENSES) and max(map(len, lines)) <= 80
+    for module in (cifar_hint, mnist_hint, untargeted, transfer_filter, tables):
+        assert max(map(len, module.__doc__.splitlines())) <= 80

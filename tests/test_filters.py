@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from bn_networks import Convolutional, Dense, Shared, variables_of
 
-from jaxpoison import filters, parallel
+from jaxpoison import filters
+from jaxpoison.core import devices
 from jaxpoison.filters import characteristic
 from jaxpoison.filters.limits import ContaminationWarning
 
-ONE = parallel.data_mesh(jax.devices()[:1])
+ONE = devices.data_mesh(jax.devices()[:1])
 N = 45
 
 
 def images(n=N, seed=0):
-    """Returns images of three classes (each a direction in colour space) and labels 2, 3, 4."""
+    """Returns images of three classes (each a direction in color space) and labels 2, 3, 4."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % 3)
     x = 0.7 * rng.standard_normal((n, 6, 6, 3)) + 0.5 * np.eye(3)[labels][:, None, None]
@@ -35,7 +36,7 @@ VARIABLES = variables_of(MODEL, X[:2])
 
 def make(**kwargs):
     return filters.CharacteristicVectorFilter(
-        **{"module": MODEL, "variables": VARIABLES, "batch_size": 16, "mesh": ONE, **kwargs}
+        **{"model": MODEL, "variables": VARIABLES, "batch_size": 16, "mesh": ONE, **kwargs}
     )
 
 
@@ -126,7 +127,7 @@ def test_tau_pulls_trusted_centroids_to_the_data():
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
 def test_the_same_on_any_number_of_devices(num_devices, no_warning):  # T4: 45 and 16 do not divide
-    mesh = parallel.data_mesh(jax.devices()[:num_devices])
+    mesh = devices.data_mesh(jax.devices()[:num_devices])
     want = verdict(vectors(), Y, vectors(), Y)
     model = make(mesh=mesh)
     result = model.fit(X, Y).filter(X, Y)  # sums over batches and devices
@@ -195,9 +196,7 @@ def test_labels_in_all_forms(no_warning):
         named.real_label, np.array(["cat", "dog", "emu"])[want.real_label - 2]
     )
     assert_same(make().fit_filter(jnp.asarray(X), (Y - 2).tolist()), want)
-    with pytest.warns(
-        UserWarning, match=r"labels have gaps: there are \[2, 3, 9\], without \[4, 5"
-    ):
+    with pytest.warns(UserWarning, match=r"gaps: 3 classes among 2\.\.9, 4 is none of them"):
         gap = make().fit_filter(X, np.where(Y == 4, 9, Y))
     assert_same(gap, want)
     assert gap.classes.tolist() == [2, 3, 9]
@@ -266,7 +265,7 @@ def test_a_class_that_loses_most_of_its_examples_is_warned_of():
 def test_layers_with_one_position_are_warned_of_once(no_warning):
     x = np.random.default_rng(0).standard_normal((12, 5)).astype(np.float32)
     y = np.arange(12) % 2
-    model = make(module=Dense(), variables=variables_of(Dense(), x[:2]))
+    model = make(model=Dense(), variables=variables_of(Dense(), x[:2]))
     with pytest.warns(UserWarning, match=r"single position.*Norm_0/BatchNorm_0, Norm_1") as seen:
         model.fit(x + y[:, None], y)
     assert sum("single position" in str(each.message) for each in seen) == 1
@@ -324,16 +323,16 @@ def test_networks_that_cannot_be_measured_or_need_care(no_warning):
 
     bare = NoNorm().init(jax.random.key(0), X[:1])
     with pytest.raises(ValueError, match="predicate="):
-        make(module=NoNorm(), variables=bare).fit(X, Y)
+        make(model=NoNorm(), variables=bare).fit(X, Y)
     with pytest.raises(ValueError, match="runs in training mode"):
         make(apply_kwargs={"train": True}).fit(X, Y)
     for model, layers in ((Convolutional("scan"), 3), (Shared(), 2)):
-        fitted = make(module=model, variables=variables_of(model, X[:2])).fit(X, Y)
+        fitted = make(model=model, variables=variables_of(model, X[:2])).fit(X, Y)
         assert len(fitted.centroids_.paths) == layers
 
 
 class Homemade(nn.Module):
-    """Normalises by the batch, always."""
+    """Normalizes by the batch, always."""
 
     @nn.compact
     def __call__(self, x):
@@ -349,7 +348,7 @@ class Mixing(nn.Module):
 @pytest.mark.parametrize("estimator", ["mean", "median"])
 def test_homemade_layers_that_mix_examples_are_found_out(estimator, no_warning):
     model = make(
-        module=Mixing(),
+        model=Mixing(),
         variables=Mixing().init(jax.random.key(0), X[:1]),
         predicate=lambda layer: isinstance(layer, Homemade),
         estimator=estimator,
@@ -364,16 +363,16 @@ def test_homemade_layers_that_mix_examples_are_found_out(estimator, no_warning):
     [
         ({"metric": "euclid"}, "metric must be one of cosine, l2, z, maha"),
         ({"centroids": "mean"}, "centroids must be one of dataset, trusted"),
-        ({"tau": -1}, "tau must be at least 0"),
+        ({"tau": -1}, r"tau must be in \[0, inf\]"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"min_class_size": 0}, "min_class_size must be at least 1"),
-        ({"margin": float("nan")}, "margin must be finite"),
+        ({"margin": float("nan")}, "margin must be in .* and finite"),
         ({"gamma": "fisher"}, "an attacker would choose the weights"),
         ({"tau": 1}, "an attacker would choose the weights"),
         ({"exclude_self": True, "estimator": "median"}, "exclude_self=True is for"),
         ({"exclude_self": True, "centroids": "trusted"}, "exclude_self=True is for"),
         ({"gamma": "last_4"}, '"last_1" to "last_3"'),
-        ({"beta": 1.5}, "beta is the share of the means"),
+        ({"beta": 1.5}, r"beta must be in \[0, 1\]"),
         ({"stats": "other"}, "stats must be"),
     ],
 )
@@ -385,16 +384,16 @@ def test_bad_settings(kwargs, message, no_warning):
 
 def test_bad_data(no_warning):
     for x, y, message in (
-        (X, None, "labels are missing"),
-        (X, Y[:4], r"lengths \[\(45,\)\], the labels \(4,\)"),
+        (X, None, "its labels are missing"),
+        (X, Y[:4], "X has 45 examples, but there are 4 labels"),
         (X[:0], Y[:0], "one label for each of N >= 1"),
         (X, np.ones((N, 2)), "one-hot rows with a single 1"),
-        (X, np.where(Y == 2, np.nan, Y), "labels that are not finite"),
-        (X, Y.astype(object), "Python objects"),
+        (X, np.where(Y == 2, np.nan, Y), "15 labels are not finite"),
+        (X, np.where(Y == 2, None, Y), "15 labels are missing"),
         (X, 0 * Y, "one class only"),
         ([], None, "empty iterable"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             make().fit_filter(x, y)
     with pytest.raises(ValueError, match="call fit"):
         make().filter(X, Y)
@@ -453,9 +452,9 @@ def test_resampling_keeps_what_was_not_flagged():  # T13
 def test_scikit_learn_clones_it():
     base = pytest.importorskip("sklearn.base")
     copy = base.clone(make(beta=0.25))
-    assert copy.beta == 0.25 and copy.module == MODEL and not hasattr(copy, "centroids_")
-    assert copy.set_params(beta=0.75).get_params()["beta"] == 0.75
-    with pytest.raises(ValueError, match="unknown parameters: alpha"):
+    assert copy.settings.beta == 0.25 and copy.model == MODEL and not hasattr(copy, "centroids_")
+    assert copy.set_params(beta=0.75).get_params()["settings"].beta == 0.75
+    with pytest.raises(TypeError, match="unknown parameters: alpha"):
         copy.set_params(alpha=1)
 
 
@@ -518,10 +517,10 @@ def test_files_that_are_something_else(tmp_path):
     with pytest.raises(FileNotFoundError):
         load()
     path.write_bytes(b"not an archive")
-    with pytest.raises(ValueError, match="is not a readable filter"):
+    with pytest.raises(ValueError, match=r"filter\.npz cannot be read as a saved"):
         load()
     np.savez(path, images=np.zeros(3))
-    with pytest.raises(ValueError, match="is not a readable filter"):
+    with pytest.raises(ValueError, match=r"filter\.npz lacks config"):
         load()
     with pytest.raises(ValueError, match=r"call fit .or fit_filter. first"):
         make().save(path)

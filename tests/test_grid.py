@@ -10,17 +10,13 @@ from pathlib import Path
 import flax.linen as nn
 import numpy as np
 import pytest
+import sensitivity
+import untargeted
+from common import cost, figures, page, registry, study, tables
+from common.settings import Cell
 
 from jaxpoison import models
 from jaxpoison.data import load_embedded
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import cost
-import figures
-import sensitivity
-import study
-import tables
-import untargeted
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -71,7 +67,7 @@ def test_a_failure_is_recorded_and_does_not_stop_the_grid(grid):
     assert [(row["poison_ratio"], row["defense"]) for row in rows] == CELLS
     for row in rows:
         if row["poison_ratio"] == 1:
-            assert "not a readable archive" in row["error"] and "test_accuracy" not in row
+            assert "cannot be read as an archive" in row["error"] and "test_accuracy" not in row
         else:
             assert 0 <= row["test_accuracy"] <= 1 and "error" not in row
     assert "3 of 5 cells failed" in done.stderr
@@ -110,7 +106,7 @@ def test_predictions_are_those_of_the_accuracy_in_the_table(grid):
     assert (run_dir / "predictions.png").read_bytes().startswith(b"\x89PNG")
     labels = load_embedded("mnist").test.labels[:64]
     for row in json.loads((run_dir / "result.json").read_text())["rows"]:
-        with np.load(run_dir / "predictions" / f"{study.Cell.of(row).name}.npz") as archive:
+        with np.load(run_dir / "predictions" / f"{Cell.of(row).name}.npz") as archive:
             assert np.mean(archive["labels"] == labels) == pytest.approx(row["test_accuracy"])
             assert np.all(archive["confidences"] >= 0.1) and np.all(archive["confidences"] <= 1)
 
@@ -167,9 +163,9 @@ def test_cost_adds_up_and_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--defenses", "none", "magic"), "unknown defences: magic; there are none, hint"),
-        (("--defenses", "none", "--controls", "grey"), "leave this defence out"),
-        (("--defenses", "friends", "--friends.epoch", "2"), "so never: set --friends.epoch"),
+        (("--defenses", "none", "magic"), "unknown defenses: magic; there are none, hint"),
+        (("--defenses", "none", "--controls", "grey"), "leave this defen"),
+        (("--defenses", "friends", "--friends.epoch", "2"), "a run of 2 epochs never reaches"),
         (("--control-ratios", "-1"), "poison ratios p must be in [0, 1], not -1"),
     ],
 )
@@ -190,13 +186,13 @@ class Body(nn.Module):
 
 @pytest.mark.parametrize("script", [untargeted, sensitivity])
 @pytest.mark.parametrize("preset", list(untargeted.PRESETS))
-def test_presets_name_defences_that_can_be_built(script, preset):
+def test_presets_name_defenses_that_can_be_built(script, preset):
     config = script.PRESETS[preset]
     splits = load_embedded(config.dataset)
     model = models.Classifier(Body(), num_features=3)
     for name in config.defenses + config.controls:
-        assert name in study.DEFENSES and tables.label(name)
-        study.defense_of(config, model, splits, study.Cell(0, 1.0, name))
+        assert name in registry.DEFENSES and tables.label(name)
+        study.defense_of(config, model, splits, Cell(0, 1.0, name))
     names = [cell.name for seed in config.seeds for cell in study.cells_of(config, seed)]
     assert len(names) == len(set(names))
 
@@ -209,10 +205,10 @@ def test_variants_of_hint_differ_in_what_their_names_say():
 
     config = untargeted.MNIST_LAPTOP
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study.defenses, "hint", note)
+        patch.setattr(registry.defenses, "hint", note)
         for name in ("hint", "hint_sign", "hint_random", "hint_mass", "hint_r0.1", "hint_beta0.125",
                      "hint_identity", "hint_released"):  # fmt: skip
-            made[name] = study.DEFENSES[name](config, None, load_embedded("mnist"))
+            made[name] = registry.make_defense(name, config, None, load_embedded("mnist"))
     changed = {
         name: {
             field.name: getattr(other, field.name)
@@ -233,7 +229,7 @@ def test_variants_of_hint_differ_in_what_their_names_say():
             "beta": 16 / 255,
             "solver": "lissa",
             "hessian_examples": "chosen",
-            "coordinates": "normalised",
+            "coordinates": "normalized",
             "late_epoch": 5,  # of the schedule (2, 5)
             "storage": "uint8_floor",
         },
@@ -285,8 +281,8 @@ def test_table_III_counts_targets_with_wilson_intervals():
 
 
 def test_the_results_page_is_that_of_the_committed_results():
-    page = (ROOT / "docs" / "results.md").read_text()
-    assert page == tables.page(EXPERIMENTS / "results", ROOT / "docs"), (
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert text == page.page(EXPERIMENTS / "results", ROOT / "docs"), (
         "run python experiments/tables.py"
     )
 

@@ -17,7 +17,8 @@ import numpy as np
 import problems
 import pytest
 
-from jaxpoison import curvature, influence, parallel, solvers
+from jaxpoison import curvature, influence, runs, solvers
+from jaxpoison.core import devices, hosts
 
 ROOT = Path(__file__).parents[1]
 SLURM_PORTS = 65535 - 2**12 + 1  # the first of them
@@ -128,14 +129,11 @@ def influences(problem_fn, solver, place):
 
 def child(address, process_id, folder):
     """What each process does: rank and size from the command line, results to `folder`."""
-    sys.path.insert(0, str(ROOT / "experiments"))
-    import run
-
-    parallel.SHARED_SECONDS = 0.5
+    hosts.SHARED_SECONDS = 0.5
     rank, folder = int(process_id), Path(folder)
-    with parallel.processes(address, 2, rank):
-        assert (parallel.process_count(), parallel.is_main()) == (2, rank == 0)
-        mesh = parallel.data_mesh()
+    with hosts.processes(address, 2, rank):
+        assert (hosts.process_count(), hosts.is_main()) == (2, rank == 0)
+        mesh = devices.data_mesh()
         assert mesh.size == 2 * jax.local_device_count() == 4
         results = {}
         for name, (problem_fn, solver) in CASES.items():
@@ -144,15 +142,15 @@ def child(address, process_id, folder):
                 influences(problem_fn, solver, lambda tree: join_halves(tree, mesh, rank)),
                 strict=True,
             ):
-                results[f"{name} {value}"] = parallel.to_host(array)
+                results[f"{name} {value}"] = devices.to_host(array)
         check_placement(mesh, rank)
         check_errors_reach_all(mesh, rank)
         with pytest.raises(ValueError, match=r"process 1: .* other settings .* beta: 1; .* 0"):
-            run.Run(folder / "run", {"alpha": 5, "beta": rank})
+            runs.Run(folder / "run", {"alpha": 5, "beta": rank})
         assert not (folder / "run").exists()
         with pytest.raises(ValueError, match=r"process 1: .* does not show a file"):
-            run.Run(folder / f"run-{rank}", {"beta": 0})
-        parallel.on_main(lambda: np.savez(folder / "results.npz", **results))
+            runs.Run(folder / f"run-{rank}", {"beta": 0})
+        hosts.on_main(lambda: np.savez(folder / "results.npz", **results))
         assert (folder / "results.npz").exists()
 
 
@@ -160,30 +158,30 @@ def join_halves(tree, mesh, rank):
     """Places arrays from what a process has read by itself: rows of its own half."""
     size = jax.tree.leaves(tree)[0].shape[0] // 2
     own = jax.tree.map(lambda x: np.asarray(x)[rank * size :][:size], tree)
-    joined = parallel.join_examples(own, mesh)
+    joined = devices.join_examples(own, mesh)
     for array, whole in zip(jax.tree.leaves(joined), jax.tree.leaves(tree), strict=True):
         assert not array.is_fully_addressable
-        np.testing.assert_array_equal(parallel.to_host(array), whole)
+        np.testing.assert_array_equal(devices.to_host(array), whole)
     return joined
 
 
 def check_placement(mesh, rank):
     rows = np.arange(16.0, dtype=np.float32).reshape(8, 2)
     tree = {"np": rows, "jax": jax.numpy.asarray(rows), "key": jax.random.split(jax.random.key(0))}
-    copies = parallel.replicate(tree, mesh)
+    copies = devices.replicate(tree, mesh)
     assert jax.random.bits(copies["key"][1]) == jax.random.bits(tree["key"][1])
-    assert parallel.replicate(copies, mesh)["np"] is copies["np"]
-    shards = parallel.shard_examples(rows, mesh)
+    assert devices.replicate(copies, mesh)["np"] is copies["np"]
+    shards = devices.shard_examples(rows, mesh)
     assert {s.data.shape for s in shards.addressable_shards} == {(2, 2)}
-    for array in (copies["np"], copies["jax"], shards, parallel.replicate(shards, mesh), rows):
-        np.testing.assert_array_equal(parallel.to_host(array), rows)
-    local = parallel.data_mesh(jax.local_devices())  # of this process alone: nobody is asked
-    np.testing.assert_array_equal(parallel.replicate(rows + rank, local), rows + rank)
+    for array in (copies["np"], copies["jax"], shards, devices.replicate(shards, mesh), rows):
+        np.testing.assert_array_equal(devices.to_host(array), rows)
+    local = devices.data_mesh(jax.local_devices())  # of this process alone: nobody is asked
+    np.testing.assert_array_equal(devices.replicate(rows + rank, local), rows + rank)
 
 
 def check_errors_reach_all(mesh, rank):
-    assert parallel.on_main(lambda: {"rank": rank}) == {"rank": 0}
-    assert parallel.on_all(lambda: rank) == rank
+    assert hosts.on_main(lambda: {"rank": rank}) == {"rank": 0}
+    assert hosts.on_all(lambda: rank) == rank
 
     def fail(error):
         raise error
@@ -192,12 +190,12 @@ def check_errors_reach_all(mesh, rank):
         return fail(error) if rank == 1 else None
 
     with pytest.raises(PermissionError, match="no"):
-        parallel.on_main(lambda: fail(PermissionError("no")))
+        hosts.on_main(lambda: fail(PermissionError("no")))
     with pytest.raises(ValueError, match=r"process 1: .*column"):  # a kind that takes three values
-        parallel.on_all(lambda: fail_on_one(json.JSONDecodeError("bad", "text", 0)))
+        hosts.on_all(lambda: fail_on_one(json.JSONDecodeError("bad", "text", 0)))
     with pytest.raises(ValueError, match="other values in process 1 than in process 0"):
-        parallel.replicate(np.full(3, rank), mesh)
-    for place in (parallel.shard_examples, parallel.join_examples):
+        devices.replicate(np.full(3, rank), mesh)
+    for place in (devices.shard_examples, devices.join_examples):
         with pytest.raises(ValueError, match="does not divide by"):
             place(np.zeros(7), mesh)
 
@@ -297,7 +295,7 @@ def test_one_set_of_files_is_written_and_one_process_prints(one, two):
     }
     rows = {path: json.loads((path / "result.json").read_text()) for path in (one, run_dir)}
     assert rows[run_dir]["environment"]["processes"] == 2
-    assert rows[run_dir]["config"] == rows[one]["config"] | {"run_dir": str(run_dir)}
+    assert rows[run_dir]["config"] == rows[one]["config"]
     assert len(rows[run_dir]["rows"]) == len(rows[one]["rows"]) == 3
     assert "| 1 | HINT |" in printed and "picture" in printed
     # XLA's transport between CPUs prints a line for each device, in pieces that may mingle.

@@ -3,10 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpoison import loops, models, parallel
+from jaxpoison import models
+from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset
 from jaxpoison.training import Recipe, init_state
-from jaxpoison.training.fit import epoch_order, train_step
+from jaxpoison.training._fit import epoch_order, train_step
 from jaxpoison.training.recipe import optimizer
 
 
@@ -64,9 +65,9 @@ def test_scan_without_outputs_or_without_steps(form):
 
 
 def test_training_steps_are_the_same_in_both_forms(monkeypatch):
-    model, mesh = models.resnet18(width=4, blocks=(1,), num_classes=3), parallel.data_mesh()
+    model, mesh = models.resnet18(width=4, blocks=(1,), num_classes=3), devices.data_mesh()
     recipe = Recipe(batch_size=8, max_shift=1.0)
-    optimiser = optimizer(recipe, 3)
+    rule = optimizer(recipe)
     rng = np.random.default_rng(0)
     train = Dataset(
         rng.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8), rng.integers(0, 3, 24, dtype=np.int32)
@@ -75,10 +76,10 @@ def test_training_steps_are_the_same_in_both_forms(monkeypatch):
 
     def run(from_host):
         monkeypatch.setattr(loops, "steps_from_host", lambda: from_host)
-        run_epoch = loops.scan(train_step(model, recipe, optimiser, mesh))
-        state = init_state(model, optimiser, jax.random.key(0), (8, 8, 3))
-        constants = parallel.replicate(train, mesh), (), jax.random.key(2)
-        return run_epoch(constants, parallel.replicate(state, mesh), order)
+        run_epoch = loops.scan(train_step(model, recipe, rule, mesh))
+        state = init_state(model, rule, jax.random.key(0), (8, 8, 3))
+        constants = devices.replicate(train, mesh), (), jax.random.key(2)
+        return run_epoch(constants, devices.replicate(state, mesh), order)
 
     host, scanned = run(True), run(False)
     assert int(host[0].step) == int(scanned[0].step) == 3
@@ -88,7 +89,7 @@ def test_training_steps_are_the_same_in_both_forms(monkeypatch):
 @pytest.mark.parametrize("num_devices", [1, 8])
 @pytest.mark.parametrize(("num_examples", "batch_size"), [(13, 1), (13, 5), (13, 100), (16, 8)])
 def test_map_batches_does_not_depend_on_the_batches(form, num_devices, num_examples, batch_size):
-    mesh = parallel.data_mesh(jax.devices()[:num_devices])
+    mesh = devices.data_mesh(jax.devices()[:num_devices])
     x = np.arange(3 * num_examples, dtype=np.float32).reshape(num_examples, 3)
     y = np.arange(num_examples, dtype=np.int32)
     batches = []
@@ -98,7 +99,7 @@ def test_map_batches_does_not_depend_on_the_batches(form, num_devices, num_examp
         return {"sum": jnp.sum(batch[0], axis=1) * constants, "pair": (batch[1] + 1, batch[0])}
 
     run = loops.map_batches(fn, batch_size=batch_size, mesh=mesh)
-    got = run(parallel.replicate(jnp.float32(2), mesh), parallel.replicate((x, y), mesh))
+    got = run(devices.replicate(jnp.float32(2), mesh), devices.replicate((x, y), mesh))
     np.testing.assert_array_equal(got["sum"], 2 * x.sum(1))
     np.testing.assert_array_equal(got["pair"][0], y + 1)
     np.testing.assert_array_equal(got["pair"][1], x)
@@ -112,7 +113,7 @@ def test_map_batches_does_not_depend_on_the_batches(form, num_devices, num_examp
 def test_even_batches_cover_all_and_waste_less_than_a_row_of_devices(
     num_examples, batch_size, num_devices
 ):
-    mesh = parallel.data_mesh(jax.devices()[:num_devices])
+    mesh = devices.data_mesh(jax.devices()[:num_devices])
     size, num_batches = loops.even_batches(num_examples, batch_size, mesh)
     assert size % num_devices == 0
     assert size < batch_size + num_devices

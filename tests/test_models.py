@@ -82,9 +82,9 @@ def test_running_statistics_after_one_step_are_a_tenth_of_the_batchs():
     images = pixels(6, 8, 8, 3)
     variables = model.init(jax.random.key(0), images)
     _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    normalised = (np.asarray(images) - np.array(model.mean)) / np.array(model.std)
+    normalized = (np.asarray(images) - np.array(model.mean)) / np.array(model.std)
     kernel = np.asarray(variables["params"]["body"]["stem"]["kernel"], np.float64)
-    padded = np.pad(normalised, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    padded = np.pad(normalized, ((0, 0), (1, 1), (1, 1), (0, 0)))
     stem = sum(
         padded[:, i : i + 8, j : j + 8] @ kernel[i, j] for i in range(3) for j in range(3)
     ).reshape(-1, 4)
@@ -118,7 +118,7 @@ def test_initial_values_fill_pytorchs_ranges():
     assert np.all(np.asarray(params["body"]["BatchNorm_0"]["scale"]) == 1)
 
 
-def test_pixels_are_normalised_inside():
+def test_pixels_are_normalized_inside():
     model = tiny_resnet()
     images = pixels(2, 8, 8, 3)
     variables = model.init(jax.random.key(0), images)

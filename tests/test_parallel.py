@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxpoison import parallel
+from jaxpoison.core import devices, hosts
 
 
 def test_a_mesh_has_one_axis_over_all_devices_or_those_given():
-    assert parallel.data_mesh().size == jax.device_count()
-    mesh = parallel.data_mesh(jax.devices()[1:3])
+    assert devices.data_mesh().size == jax.device_count()
+    mesh = devices.data_mesh(jax.devices()[1:3])
     assert mesh.axis_names == ("data",)
     assert list(mesh.devices) == jax.devices()[1:3]
     assert mesh.axis_types == (AxisType.Auto,)
@@ -17,9 +17,9 @@ def test_a_mesh_has_one_axis_over_all_devices_or_those_given():
 
 @pytest.mark.parametrize("num_devices", [1, 2, 8])
 def test_replicated_and_sharded_values(num_devices):
-    mesh = parallel.data_mesh(jax.devices()[:num_devices])
+    mesh = devices.data_mesh(jax.devices()[:num_devices])
     tree = {"a": np.arange(16.0, dtype=np.float32).reshape(8, 2), "b": np.arange(8)}
-    copies, shards = parallel.replicate(tree, mesh), parallel.shard_examples(tree, mesh)
+    copies, shards = devices.replicate(tree, mesh), devices.shard_examples(tree, mesh)
     for name, array in tree.items():
         for placed, rows in ((copies[name], 8), (shards[name], 8 // num_devices)):
             np.testing.assert_array_equal(placed, array)
@@ -27,7 +27,7 @@ def test_replicated_and_sharded_values(num_devices):
 
     @jax.jit
     def mean(tree):
-        tree = parallel.constrain_examples(tree, mesh)
+        tree = devices.constrain_examples(tree, mesh)
         return jnp.mean(tree["a"]), tree
 
     value, constrained = mean(copies)
@@ -36,14 +36,14 @@ def test_replicated_and_sharded_values(num_devices):
 
 
 def test_alone_nothing_is_waited_for(tmp_path):
-    assert parallel.is_main() and parallel.process_count() == 1
-    assert parallel.on_main(lambda: 3) == parallel.on_all(lambda: 3) == 3
-    parallel.check_shared(tmp_path / "nowhere")
-    mesh, rows = parallel.data_mesh(), np.arange(16)
-    joined, sharded = parallel.join_examples(rows, mesh), parallel.shard_examples(rows, mesh)
+    assert hosts.is_main() and hosts.process_count() == 1
+    assert hosts.on_main(lambda: 3) == hosts.on_all(lambda: 3) == 3
+    hosts.check_shared(tmp_path / "nowhere")
+    mesh, rows = devices.data_mesh(), np.arange(16)
+    joined, sharded = devices.join_examples(rows, mesh), devices.shard_examples(rows, mesh)
     assert joined.sharding == sharded.sharding
     for array in (joined, sharded, rows):
-        np.testing.assert_array_equal(parallel.to_host(array), rows)
+        np.testing.assert_array_equal(devices.to_host(array), rows)
 
 
 def test_who_the_others_are_must_be_known(monkeypatch):
@@ -53,17 +53,17 @@ def test_who_the_others_are_must_be_known(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with (
         pytest.raises(ValueError, match=r"cannot join .*no coordinator in .*None, 2, None"),
-        parallel.processes(num_processes=2),
+        hosts.processes(num_processes=2),
     ):
         pass
 
 
 def test_what_does_not_divide_is_an_error():
-    mesh = parallel.data_mesh(jax.devices()[:4])
-    parallel.check_divisible(8, mesh)
+    mesh = devices.data_mesh(jax.devices()[:4])
+    devices.check_divisible(8, mesh)
     for check in (
-        lambda: parallel.check_divisible(10, mesh),
-        lambda: parallel.shard_examples({"a": np.zeros((8, 2)), "b": np.zeros(10)}, mesh),
+        lambda: devices.check_divisible(10, mesh),
+        lambda: devices.shard_examples({"a": np.zeros((8, 2)), "b": np.zeros(10)}, mesh),
     ):
         with pytest.raises(ValueError, match="10 examples does not divide by 4 devices"):
             check()

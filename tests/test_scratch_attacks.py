@@ -9,16 +9,24 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from jaxpoison import attacks, models, parallel, training
-from jaxpoison.attacks.deep_confuse import compiled, confusion, unet_for
+from jaxpoison import attacks, evaluation, models, training
+from jaxpoison.attacks._deep_confuse import (
+    Plan,
+    compiled,
+    confusion,
+    start_classifier,
+    unet_for,
+)
+from jaxpoison.attacks._gradient_matching import mismatch
+from jaxpoison.attacks._metapoison import RGB_FROM_YUV, margin, recolor, roughness, unrolled_loss
 from jaxpoison.attacks.descent import normal_start, projection
-from jaxpoison.attacks.gradient_matching import mismatch
-from jaxpoison.attacks.metapoison import RGB_FROM_YUV, margin, recolour, roughness, unrolled_loss
+from jaxpoison.core import devices
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import Defense
-from jaxpoison.defenses.base import keep_batch
 from jaxpoison.models import unet
-from jaxpoison.training.fit import epoch_order
+from jaxpoison.network import as_network
+from jaxpoison.training._fit import epoch_order
+from jaxpoison.training.hooks import Info, with_ids
 
 EPSILON = 0.1  # 25.5 of 255: no whole number, so that plain rounding would break it
 NUM_CLASSES = 4
@@ -52,7 +60,7 @@ def one_device(monkeypatch):
 @functools.cache
 def real(part="train"):
     """8x8 crops of real images of four classes."""
-    images, labels = getattr(load_embedded("cifar10"), part)
+    images, labels, _ = getattr(load_embedded("cifar10"), part)
     rows = np.flatnonzero(labels < NUM_CLASSES)[:96]
     return Dataset(images[rows, 12:20, 12:20], labels[rows])
 
@@ -263,10 +271,10 @@ def test_matching_under_augmentation_on_all_devices(monkeypatch):
     ("settings", "message"),
     [
         ({"epsilon": 8.0}, "epsilon is in units"),
-        ({"num_steps": 0}, "num_steps must be above 0"),
+        ({"num_steps": 0}, "num_steps must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
-        ({"restarts": 0}, "restarts must be above 0"),
-        ({"batch_size": 0}, "batch_size must be above 0"),
+        ({"restarts": 0}, "restarts must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"max_shift": -1.0}, "max_shift must be at least 0"),
     ],
 )
@@ -298,7 +306,7 @@ def meta_poisoned():
     return meta(trials())
 
 
-def normalising_network(params, images):
+def normalizing_network(params, images):
     """A smooth network whose examples meet in batch statistics."""
     hidden = images.reshape(len(images), -1) @ params["first"]
     hidden = (hidden - hidden.mean(0)) / jnp.sqrt(hidden.var(0) + 0.1)
@@ -326,7 +334,7 @@ def test_the_unrolled_gradient_is_the_slope_of_literal_retraining(num_steps):
                 y = jnp.concatenate([jnp.ones(2, int), labels[step, 2:]])
 
                 def loss(weights, x=x, y=y):
-                    logits = normalising_network(weights, x)[:6]
+                    logits = normalizing_network(weights, x)[:6]
                     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
                 gradient = jax.jit(jax.grad(loss))(weights)
@@ -335,13 +343,13 @@ def test_the_unrolled_gradient_is_the_slope_of_literal_retraining(num_steps):
                 following = images[step + 1]
                 if step + 1 < num_steps:
                     following = following.at[:2].set(poisons)
-                z = normalising_network(weights, jnp.concatenate([following, targets]))[-1]
+                z = normalizing_network(weights, jnp.concatenate([following, targets]))[-1]
                 margins.append(max(z[0], z[2]) - z[1])
             return np.mean(margins)
 
         def ours(poisons):
             return unrolled_loss(
-                normalising_network, params, 0.3, images, labels, poisons, 1, targets
+                normalizing_network, params, 0.3, images, labels, poisons, 1, targets
             )
 
         value, gradient = jax.jit(jax.value_and_grad(ours))(poisons)
@@ -349,7 +357,7 @@ def test_the_unrolled_gradient_is_the_slope_of_literal_retraining(num_steps):
         assert_slope_is_a_difference_quotient(retrained, poisons, gradient, rng)
 
 
-def test_the_margin_is_negative_where_the_target_is_taken_for_the_base_class():
+def test_the_margin_is_negative_where_the_target_is_classified_as_the_base_class():
     logits = jnp.array([[1.0, 3.0, 2.0], [1.0, -1.0, 2.5], [-500.0, 0.0, -400.0]])
     np.testing.assert_allclose(margin(logits, jnp.int32(1)), [-1.0, 3.5, -100.0])
 
@@ -366,8 +374,8 @@ def test_metapoison_works_within_the_budget_and_follows_its_key():
     assert np.mean(other.images != alone.images) > 0.02
 
 
-def test_metapoison_with_colours_stays_within_the_sum_of_both_budgets():
-    config = dataclasses.replace(META, num_steps=2, surrogates=1, colour=0.04, colour_points=4)
+def test_metapoison_with_colors_stays_within_the_sum_of_both_budgets():
+    config = dataclasses.replace(META, num_steps=2, surrogates=1, color=0.04, color_points=4)
     attack = attacks.metapoison(real(), epsilon=0.02, config=config)
     assert 0.02 + 0.12 < attack.epsilon < 0.02 + 0.13
     sets = attacks.poison(jax.random.key(1), real(), one_trial(0), attack, [network()])
@@ -376,20 +384,20 @@ def test_metapoison_with_colours_stays_within_the_sum_of_both_budgets():
     assert np.abs(change).max() > 255 * 0.02 + 1  # beyond what the pixels' own budget allows
 
 
-def test_a_map_of_colours_moves_what_it_says():
+def test_a_map_of_colors_moves_what_it_says():
     image = unit(real().images[0])
-    np.testing.assert_array_equal(recolour(image, jnp.zeros((5, 5, 5, 3))), image)
-    shifted = recolour(image, jnp.zeros((5, 5, 5, 3)).at[..., 0].set(0.03))
+    np.testing.assert_array_equal(recolor(image, jnp.zeros((5, 5, 5, 3))), image)
+    shifted = recolor(image, jnp.zeros((5, 5, 5, 3)).at[..., 0].set(0.03))
     np.testing.assert_allclose(shifted, image + 0.03, atol=1e-6)  # brightness alone
-    red = recolour(image, jnp.zeros((5, 5, 5, 3)).at[..., 2].set(0.03)) - image
+    red = recolor(image, jnp.zeros((5, 5, 5, 3)).at[..., 2].set(0.03)) - image
     np.testing.assert_allclose(
         red, jnp.broadcast_to(0.03 * jnp.array([1.13983, -0.5806, 0.0]), red.shape), atol=1e-6
     )
-    # What is linear in the colour, interpolation keeps: a tenth of the brightness.
+    # What is linear in the color, interpolation keeps: a tenth of the brightness.
     brightness = jnp.linspace(0, 0.1, 5)[:, None, None]
     slope = jnp.zeros((5, 5, 5, 3)).at[..., 0].set(jnp.broadcast_to(brightness, (5, 5, 5)))
     luma = image @ jnp.linalg.inv(jnp.asarray(RGB_FROM_YUV))[0]
-    np.testing.assert_allclose(recolour(image, slope), image + 0.1 * luma[..., None], atol=1e-5)
+    np.testing.assert_allclose(recolor(image, slope), image + 0.1 * luma[..., None], atol=1e-5)
     assert roughness(jnp.full((2, 5, 5, 5, 3), 0.3)) == 0
     np.testing.assert_allclose(roughness(slope), 25 * 4 * 0.025**2, rtol=1e-5)
 
@@ -397,11 +405,11 @@ def test_a_map_of_colours_moves_what_it_says():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"unroll": 0}, "unroll must be above 0"),
-        ({"num_steps": 0}, "num_steps must be above 0"),
-        ({"surrogates": 0}, "surrogates must be above 0"),
-        ({"colour": -0.1}, "colour must be at least 0"),
-        ({"colour": 0.1, "colour_points": 1}, "colour_points must be at least 2"),
+        ({"unroll": 0}, "unroll must be at least 1"),
+        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"surrogates": 0}, "surrogates must be at least 1"),
+        ({"color": -0.1}, "color must be at least 0"),
+        ({"color": 0.1, "color_points": 1}, "color_points must be at least 2"),
         ({"poisons_per_batch": 16}, "room for clean images"),
         ({"batch_size": 97}, "not be larger than the 96"),
     ],
@@ -416,7 +424,7 @@ def test_metapoison_that_does_not_fit_the_data():
         meta(one_trial(0), batch_size=96)
     grey = Dataset(real().images[..., :1], real().labels)
     with pytest.raises(ValueError, match="three channels"):
-        attacks.metapoison(grey, epsilon=0.1, config=dataclasses.replace(META, colour=0.04))
+        attacks.metapoison(grey, epsilon=0.1, config=dataclasses.replace(META, color=0.04))
     with pytest.raises(ValueError, match="epsilon is in units"):
         attacks.metapoison(real(), epsilon=8)
 
@@ -452,7 +460,7 @@ def test_the_generators_gradient_is_the_slope_of_the_loss_after_a_literal_step()
         @jax.jit
         def literally(poisoned):
             def loss(weights, images):
-                logits = normalising_network(weights, images)
+                logits = normalizing_network(weights, images)
                 return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
             updates, _ = rule.update(jax.grad(loss)(params, poisoned), rule.init(params))
@@ -460,7 +468,7 @@ def test_the_generators_gradient_is_the_slope_of_the_loss_after_a_literal_step()
 
         value, gradient = jax.jit(
             jax.value_and_grad(
-                lambda x: confusion(normalising_network, params, 0.4, x, clean, labels)
+                lambda x: confusion(normalizing_network, params, 0.4, x, clean, labels)
             )
         )(poisoned)
         np.testing.assert_allclose(value, literally(poisoned), rtol=1e-12)
@@ -468,7 +476,8 @@ def test_the_generators_gradient_is_the_slope_of_the_loss_after_a_literal_step()
 
 
 def test_the_replay_walks_the_trajectory_of_training_on_the_old_generators_images():
-    run = compiled(MODEL, (8, 8, 3), parallel.data_mesh(), EPSILON, CONFUSE)
+    plan = Plan(as_network(MODEL), (8, 8, 3), devices.data_mesh(), EPSILON, CONFUSE)
+    run = compiled(plan)
     key = jax.random.key(5)
     clean = Dataset(unit(real().images), jnp.asarray(real().labels))
     old = run.generator(key, clean.images[:1])
@@ -476,7 +485,7 @@ def test_the_replay_walks_the_trajectory_of_training_on_the_old_generators_image
     order = jnp.concatenate([epoch_order(key, number, 96, 16) for number in range(3)])
 
     def replay(learning):
-        generator, classifier, harm = old, run.classifier(key), []
+        generator, classifier, harm = old, start_classifier(plan, run.descent, key), []
         for rows in order:
             carry = jax.tree.map(jnp.array, generator), classifier
             (moved, classifier), values = run.learn((clean, poisoned, key), carry, rows[None])
@@ -487,7 +496,7 @@ def test_the_replay_walks_the_trajectory_of_training_on_the_old_generators_image
     generator, classifier, harm = replay(learning=True)
 
     # The same images, as any training set.
-    rule, state = optax.sgd(CONFUSE.classifier_rate), run.classifier(key)
+    rule, state = optax.sgd(CONFUSE.classifier_rate), start_classifier(plan, run.descent, key)
 
     @jax.jit
     def step(params, batch_stats, rows):
@@ -561,8 +570,9 @@ def test_the_u_net_has_as_many_sizes_as_halving_allows_and_keeps_corners():
 
 @pytest.mark.parametrize("name", ["trials", "passes", "batch_size", "width", "generator_rate"])
 def test_bad_settings_of_deep_confuse(name):
-    with pytest.raises(ValueError, match=f"{name} must be above 0"):
-        attacks.deep_confuse(epsilon=EPSILON, config=attacks.DeepConfuseConfig(**{name: 0}))
+    least = "above 0" if name == "generator_rate" else "at least 1"
+    with pytest.raises(ValueError, match=f"{name} must be {least}"):
+        attacks.DeepConfuseConfig(**{name: 0})
     with pytest.raises(ValueError, match="epsilon is in units"):
         attacks.deep_confuse(epsilon=0.0)
 
@@ -586,9 +596,9 @@ def planted():
     return attacks.PoisonedDataset(images, real().labels, attack_id, config, target)
 
 
-def test_a_planted_target_succeeds_unless_the_defence_removes_it():
+def test_a_planted_target_succeeds_unless_the_defense_removes_it():
     def judge(*sets, **options):
-        return attacks.scratch_outcome(
+        return evaluation.scratch_outcome(
             jax.random.key(3), MODEL, PLAIN, sets, real("test"), **options
         )
 
@@ -598,10 +608,10 @@ def test_a_planted_target_succeeds_unless_the_defence_removes_it():
     assert outcome.prediction.tolist() == [planted().target.base_label]
     assert outcome.probabilities[0].argmax() == outcome.prediction[0]
     assert outcome.probabilities[0].max() > 0.5
-    assert outcome.interval == attacks.wilson(1, 1)
+    assert outcome.interval == evaluation.wilson(1, 1)
     assert told == [(0, epoch) for epoch in range(4)]
 
-    restore = Defense(lambda key, dataset: (), lambda state, *rest: (state, real(), {}), keep_batch)
+    restore = Defense(on_epoch=lambda state, *rest: (state, with_ids(real()), Info()))
     defended = judge(planted(), defense=restore)
     assert not defended.success.any()
     key = jax.random.fold_in(jax.random.key(3), planted().target.target_id)
@@ -616,9 +626,9 @@ def test_a_planted_target_succeeds_unless_the_defence_removes_it():
 def test_sets_that_cannot_be_judged():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="no poisoned set"):
-        attacks.scratch_outcome(key, MODEL, PLAIN, [], real("test"))
+        evaluation.scratch_outcome(key, MODEL, PLAIN, [], real("test"))
     with pytest.raises(ValueError, match="set 1 has no target"):
-        attacks.scratch_outcome(
+        evaluation.scratch_outcome(
             key, MODEL, PLAIN, [planted(), planted()._replace(target=None)], real("test")
         )
 
@@ -629,7 +639,7 @@ def test_wilson_intervals():
         (5, 5): (0.5655, 1.0),
         (10, 20): (0.2993, 0.7007),
     }.items():
-        np.testing.assert_allclose(attacks.wilson(successes, number), want, atol=1e-4)
+        np.testing.assert_allclose(evaluation.wilson(successes, number), want, atol=1e-4)
     # Newcombe 1998 (Statistics in Medicine 17, 857), table I, method 3.
     for (successes, number), want in {
         (81, 263): (0.2553, 0.3662),
@@ -637,10 +647,10 @@ def test_wilson_intervals():
         (0, 20): (0.0, 0.1611),
         (1, 29): (0.0061, 0.1718),
     }.items():
-        np.testing.assert_allclose(attacks.wilson(successes, number), want, atol=5e-5)
+        np.testing.assert_allclose(evaluation.wilson(successes, number), want, atol=5e-5)
     # Its ends are the rates p at which the found rate is just z standard deviations away.
-    for p in attacks.wilson(3, 17):
+    for p in evaluation.wilson(3, 17):
         np.testing.assert_allclose(abs(3 / 17 - p) / np.sqrt(p * (1 - p) / 17), 1.96, rtol=1e-6)
     for bad in ((-1, 3), (4, 3), (0, 0)):
         with pytest.raises(ValueError, match="is no rate"):
-            attacks.wilson(*bad)
+            evaluation.wilson(*bad)

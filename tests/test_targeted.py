@@ -10,13 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from common import targeted
+from targeted import QUICK
 
-from jaxpoison import attacks, models
+from jaxpoison import attacks, models, runs
 from jaxpoison.data import load_embedded
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import run as run_module
-import targeted
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -89,15 +87,15 @@ def test_running_again_does_only_what_is_missing(first):
 
 
 def work(folder, config, model=None, splits=None):
-    output = run_module.Run(folder, {})
-    meter = run_module.Meter(1)
+    output = runs.Run(folder, {})
+    meter = runs.Meter(1)
     return targeted.Work(config=config, output=output, meter=meter, model=model, splits=splits)
 
 
 def test_a_network_without_poisons_that_cannot_be_trained_does_not_stop_the_others(
     tmp_path, monkeypatch
 ):
-    config = dataclasses.replace(targeted.QUICK, num_targets=2)
+    config = dataclasses.replace(QUICK, num_targets=2)
 
     def fail(_):
         raise MemoryError("too large")
@@ -118,7 +116,7 @@ def test_the_intended_class_may_be_the_likeliest_other_one(tmp_path):
     splits = load_embedded("cifar10", seed=0)
     model = models.resnet18(width=2, blocks=(1,))
     known = attacks.Victim(model, model.init(jax.random.key(0), splits.test.images[:1] / 255.0))
-    config = dataclasses.replace(targeted.QUICK, num_targets=5, intended="runner_up")
+    config = dataclasses.replace(QUICK, num_targets=5, intended="runner_up")
     trials = targeted.draw(work(tmp_path, config, model, splits), known)
     logits = np.asarray(model.apply(known.variables, trials.targets[:, 0] / np.float32(255)))
     ranking = np.argsort(-logits, axis=1)
@@ -149,7 +147,7 @@ def test_metapoison_runs(tmp_path):
     ("flags", "message"),
     [
         (("--num-poisons", "60"), "60 poisons of one class: the largest has"),
-        (("--defenses", "luck"), "unknown defences: luck"),
+        (("--defenses", "luck"), "unknown defenses: luck"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(tmp_path, flags, message):

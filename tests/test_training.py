@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 
 import flax.linen as nn
 import jax
@@ -8,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpoison import loops, models, parallel, solvers, training
+from jaxpoison import models, network, solvers, training
+from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import Defense
-from jaxpoison.defenses.base import keep_batch, keep_epoch
-from jaxpoison.training.evaluation import accuracy
-from jaxpoison.training.fit import epoch_order, train_step
-from jaxpoison.training.recipe import optimizer, steps_per_epoch
+from jaxpoison.training._fit import epoch_order, train_step
+from jaxpoison.training.hooks import Info, chain, none
+from jaxpoison.training.recipe import at_epoch, optimizer, steps_per_epoch
 
 QUICK = training.Recipe(
     epochs=1, batch_size=8, learning_rate=0.05, milestones=(), max_shift=1.0, flip=True
@@ -64,13 +65,14 @@ def test_optimizer_is_pytorchs_nesterov_sgd_with_milestones(momentum, decay):
     recipe = training.Recipe(
         learning_rate=0.3, momentum=momentum, weight_decay=decay, milestones=(1, 3)
     )
-    transform = optimizer(recipe, steps_per_epoch=2)
+    transform = optimizer(recipe)
     rng = np.random.default_rng(0)
     params = {"w": rng.normal(size=(2, 3)).astype(np.float32)}
     state = transform.init(params)
     weights, velocity = params["w"].astype(np.float64), 0.0
     for step in range(8):
         gradient = rng.normal(size=(2, 3)).astype(np.float32)
+        state = at_epoch(state, step // 2)
         updates, state = transform.update({"w": gradient}, state, params)
         params = optax.apply_updates(params, updates)
         full = gradient + decay * weights
@@ -115,13 +117,13 @@ class SeeingBody(nn.Module):
 
 def seen_batches(num_devices, recipe, num_steps=3):
     """Returns the images that each step trained on; every step takes the same examples."""
-    mesh = parallel.data_mesh(jax.devices()[:num_devices])
+    mesh = devices.data_mesh(jax.devices()[:num_devices])
     model = models.Classifier(SeeingBody((8, 6, 6, 3)), num_features=108, num_classes=3)
-    transform = optimizer(recipe, 1)
+    transform = optimizer(recipe)
     state = training.init_state(model, transform, jax.random.key(0), (6, 6, 3))
     step = jax.jit(train_step(model, recipe, transform, mesh))
-    state = parallel.replicate(state, mesh)
-    train = parallel.replicate(random_set(8, 6), mesh)
+    state = devices.replicate(state, mesh)
+    train = devices.replicate(random_set(8, 6), mesh)
     seen = []
     for _ in range(num_steps):
         state, _ = step((train, (), jax.random.key(5)), state, jnp.arange(8))
@@ -134,7 +136,7 @@ def test_augmentation_changes_with_the_step_and_not_with_the_devices():
     assert_trees_close(eight, one, atol=1e-6)
     for i, j in [(0, 1), (0, 2), (1, 2)]:
         changed = np.abs(one[i] - one[j]).max(axis=(1, 2, 3))
-        assert (changed > 1e-3).all()  # every example is drawn anew at every step
+        assert (changed > 1e-3).all()  # every example is drawn again at every step
 
 
 def test_no_augmentation_leaves_images_as_they_are():
@@ -145,13 +147,13 @@ def test_no_augmentation_leaves_images_as_they_are():
 
 def test_training_is_the_same_on_every_number_of_devices():
     def train(num_devices):
-        mesh = parallel.data_mesh(jax.devices()[:num_devices])
+        mesh = devices.data_mesh(jax.devices()[:num_devices])
         return training.fit(conv_model(), QUICK, random_set(), key=jax.random.key(0), mesh=mesh)
 
     one = train(1)
     assert int(one.step) == 3
     start = training.init_state(
-        conv_model(), optimizer(QUICK, 3), jax.random.split(jax.random.key(0), 3)[0], (8, 8, 3)
+        conv_model(), optimizer(QUICK), jax.random.split(jax.random.key(0), 3)[0], (8, 8, 3)
     )
     moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), one.params, start.params)
     assert max(jax.tree.leaves(moved)) > 1e-2
@@ -204,9 +206,11 @@ def test_accuracy_is_the_share_of_right_predictions():
     variables = model.init(jax.random.key(0), test.images)
     right = np.argmax(model.apply(variables, test.images), axis=-1) == test.labels
     for num_devices, batch_size in [(1, 5), (8, 8), (8, 100)]:
-        mesh = parallel.data_mesh(jax.devices()[:num_devices])
-        predict = training.evaluator(model, batch_size=batch_size, mesh=mesh)
-        assert accuracy(predict, variables, test) == pytest.approx(right.mean())
+        mesh = devices.data_mesh(jax.devices()[:num_devices])
+        found = network.accuracy(
+            model, variables, test.images, test.labels, batch_size=batch_size, mesh=mesh
+        )
+        assert found == pytest.approx(right.mean())
 
 
 def test_a_loss_that_is_not_finite_is_an_error():
@@ -228,7 +232,7 @@ def test_sizes_that_do_not_fit_are_errors():
     with pytest.raises(ValueError, match=r"test set.*out of range"):
         fit(QUICK, random_set(27, 4), test=random_set(20, 4, num_classes=9))
     with pytest.raises(ValueError, match="9 examples does not divide by 2 devices"):
-        parallel.shard_examples(np.zeros((9, 2)), parallel.data_mesh(jax.devices()[:2]))
+        devices.shard_examples(np.zeros((9, 2)), devices.data_mesh(jax.devices()[:2]))
 
 
 def test_the_step_compiles_once_per_shape():
@@ -240,40 +244,36 @@ def test_the_step_compiles_once_per_shape():
 
     def on_epoch(state, epoch, train_state, dataset):
         if epoch >= 3:  # fewer examples from here on
-            dataset = Dataset(dataset.images[:16], dataset.labels[:16])
-        return state, dataset, {}
+            dataset = dataset.take(slice(16))
+        return state, dataset, Info(changed=epoch == 3)
 
     recipe = dataclasses.replace(QUICK, epochs=6)
-    defense = Defense(lambda key, dataset: (), on_epoch, on_batch)
+    defense = Defense(on_epoch=on_epoch, on_batch=on_batch)
     for seed in range(2):  # the second run finds all compiled
         state = training.fit(
             linear_model(), recipe, random_set(27, 4), key=jax.random.key(seed), defense=defense
         )
-        assert int(state.step) == 5 * 3 + 2  # epochs count as whole ones, the last one took two
+        assert int(state.step) == 3 * 3 + 3 * 2
         assert traced == [(8, 4, 4, 3)] * 2
 
 
-def test_a_defence_that_leaves_less_than_a_batch_is_an_error():
+def test_a_defense_that_leaves_less_than_a_batch_is_an_error():
     defense = Defense(
-        lambda key, dataset: (),
-        lambda state, epoch, train_state, dataset: (
-            state, jax.tree.map(lambda x: x[:5], dataset), {}
-        ),
-        keep_batch,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="5 examples, fewer than one batch of 8"):
+        on_epoch=lambda state, epoch, train_state, dataset: (state, dataset.take(slice(5)), Info())
+    )
+    with pytest.raises(ValueError, match="left 5 examples, fewer than one batch of 8"):
         training.fit(
             linear_model(), QUICK, random_set(27, 4), key=jax.random.key(0), defense=defense
         )
 
 
-def test_what_a_defence_tells_is_reported():
+def test_what_a_defense_tells_is_reported():
     def on_epoch(state, epoch, train_state, dataset):
-        chosen = jnp.arange(len(dataset.labels)) < epoch
-        return state + 1, dataset, {"count": state, "chosen": chosen} if epoch else {}
+        info = Info({"count": state}, dataset.ids[:epoch]) if epoch else Info()
+        return state + 1, dataset, info
 
     log = []
-    defense = Defense(lambda key, dataset: jnp.zeros(()), on_epoch, keep_batch)
+    defense = Defense(lambda key, dataset, num_epochs: jnp.zeros(()), on_epoch)
     training.fit(
         linear_model(), dataclasses.replace(QUICK, epochs=3), random_set(27, 4),
         key=jax.random.key(0), defense=defense, report=lambda epoch, m: log.append(m),
@@ -288,7 +288,7 @@ def test_the_same_key_gives_the_same_weights_and_another_key_others():
     def train(seed):
         return training.fit(
             linear_model(), QUICK, random_set(27, 4), key=jax.random.key(seed),
-            defense=Defense(lambda key, dataset: (), keep_epoch, keep_batch),
+            defense=Defense(),
         ).params  # fmt: skip
 
     first = train(0)
@@ -300,3 +300,96 @@ def test_the_host_drives_steps_on_cpu_only(monkeypatch):
     for backend, want in [("cpu", True), ("gpu", False), ("tpu", False)]:
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         assert loops.steps_from_host() == want
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"epochs": 0}, ValueError),
+        ({"batch_size": 0}, ValueError),
+        ({"batch_size": 20.0}, TypeError),
+        ({"learning_rate": -0.1}, ValueError),
+        ({"learning_rate": float("nan")}, ValueError),
+        ({"momentum": 1.5}, ValueError),
+        ({"weight_decay": -1.0}, ValueError),
+        ({"max_shift": -2.0}, ValueError),
+        ({"max_shift": float("inf")}, ValueError),
+        ({"milestones": (-1,)}, ValueError),
+        ({"milestones": (1.5,)}, ValueError),
+    ],
+)
+def test_recipes_that_are_none(change, error):
+    (name,) = change
+    with pytest.raises(error, match=name):
+        dataclasses.replace(QUICK, **change)
+
+
+def test_recipes_take_lists_and_scalars_of_numpy_and_jax():
+    plain = training.Recipe(epochs=3, learning_rate=0.5, milestones=(1, 2))
+    given = training.Recipe(
+        epochs=np.int64(3), learning_rate=jnp.float32(0.5), milestones=[1, np.int32(2)]
+    )
+    assert given == plain and hash(given) == hash(plain)
+    assert json.dumps(dataclasses.asdict(given)) == json.dumps(dataclasses.asdict(plain))
+
+
+def test_what_a_hook_keeps_of_the_training_state_survives():
+    kept = []
+
+    def on_epoch(state, epoch, train_state, dataset):
+        kept.append((train_state, jax.tree.map(np.asarray, train_state)))
+        return train_state.params, dataset, Info()
+
+    init = training.init_state(
+        linear_model(), optimizer(QUICK), jax.random.key(1), (4, 4, 3)
+    ).params
+    defense = Defense(lambda key, dataset, num_epochs: init, on_epoch)
+    training.fit(linear_model(), QUICK, random_set(27, 4), key=jax.random.key(0), defense=defense)
+    for now, then in kept:
+        jax.tree.map(np.testing.assert_array_equal, now, then)
+
+
+@pytest.mark.parametrize("kind", ["pair", "list", "jax", "floats"])
+def test_fit_takes_what_can_only_mean_one_thing(kind):
+    train = random_set(27, 4)
+    given = {
+        "pair": tuple(train[:2]),
+        "list": train._replace(labels=train.labels.tolist()),
+        "jax": train._replace(images=jnp.asarray(train.images)),
+        "floats": train._replace(labels=train.labels.astype(np.float64)),
+    }[kind]
+    fit = functools.partial(training.fit, linear_model(), QUICK, key=jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, fit(given), fit(train))
+
+
+def test_what_is_no_network_or_no_data_set():
+    train = random_set(27, 4)
+    with pytest.raises(TypeError, match="is a class: pass an instance"):
+        training.fit(SeeingBody, QUICK, train, key=jax.random.key(0))
+    with pytest.raises(TypeError, match="training set"):
+        training.fit(linear_model(), QUICK, train.images, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"N, C, H, W"):
+        moved = train._replace(images=np.moveaxis(random_set(27, 8).images, -1, 1))
+        training.fit(linear_model(), QUICK, moved, key=jax.random.key(0))
+
+
+def test_hooks_of_another_form_are_errors_before_training():
+    fit = functools.partial(
+        training.fit, linear_model(), QUICK, random_set(27, 4), key=jax.random.key(0)
+    )
+    with pytest.raises(TypeError, match=r"defense is none; expected a training\.hooks\.Defense"):
+        fit(defense=none)
+    with pytest.raises(TypeError, match=r"expected init\(key, dataset, num_epochs\)"):
+        fit(defense=Defense(lambda key, dataset: ()))
+    with pytest.raises(TypeError, match=r"on_epoch returned a dict as info; expected .*Info"):
+        fit(defense=Defense(on_epoch=lambda state, epoch, train_state, dataset: ((), dataset, {})))
+
+
+@pytest.mark.parametrize("hook", ["on_batch", "finish"])
+def test_a_hook_that_a_loop_cannot_honor_is_an_error(hook):
+    model, train = linear_model(), random_set(27, 4)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+    defense = Defense(**{hook: lambda *arguments: arguments[-1]})
+    for given in (defense, chain(none(), defense)):
+        with pytest.raises(ValueError, match=f"has a hook {hook}.*training.fit"):
+            training.fit_defended_head(jax.random.key(0), model, variables, train, given)

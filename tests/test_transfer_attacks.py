@@ -10,10 +10,17 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpoison import attacks, models, solvers, training
-from jaxpoison.attacks import feature_space
-from jaxpoison.attacks.targeted import quantise
+from jaxpoison import attacks, evaluation, models, solvers, training
+from jaxpoison import network as networks
+from jaxpoison.attacks.bullseye import bullseye
+from jaxpoison.attacks.collision import collision
+from jaxpoison.attacks.head_matching import gradient_mismatch, head_gradient
+from jaxpoison.attacks.polytope import polytope, project_to_simplex, simplex_least_squares
+from jaxpoison.attacks.toolkit import mean_collision
+from jaxpoison.attacks.transfer import View
 from jaxpoison.data import Dataset, load_embedded
+from jaxpoison.data.pixels import quantize
+from jaxpoison.network import as_network
 
 EPSILON = 0.1  # 25.5 of 255: no whole number, so that plain rounding would break it
 NUM_CLASSES = 4
@@ -102,7 +109,7 @@ def test_trials_of_a_pair_of_classes_and_of_chosen_targets():
     assert set(trials.target_ids) <= {1, 5, 9, 13, 17}
 
 
-def test_each_candidate_may_have_a_class_of_its_own_to_be_taken_for():
+def test_each_candidate_may_have_a_class_of_its_own_to_be_misclassified_as():
     wanted = (TEST.labels + 1) % 4
     wanted[::2] = TEST.labels[::2]  # its own class: these cannot be targets
     trials = draw(10, 5, base_class=wanted)
@@ -118,9 +125,9 @@ def test_each_candidate_may_have_a_class_of_its_own_to_be_taken_for():
     [
         ({"num_trials": 0}, "num_trials must be at least 1"),
         ({"num_poisons": 0}, "num_poisons must be at least 1"),
-        ({"num_poisons": 21}, "no class has the 21 examples"),
-        ({"base_class": 3, "num_poisons": 21}, "class 3 has the 21 examples"),
-        ({"base_class": 7}, "class 7 has the"),
+        ({"num_poisons": 21}, r"no class other than \d, .* has 21 examples; the largest has 20"),
+        ({"base_class": 3, "num_poisons": 21}, "class 3 has 20 examples, fewer than the 21"),
+        ({"base_class": 7}, "class 7 does not occur in the training set"),
         ({"base_class": 1, "target_class": 1}, "must differ"),
         ({"base_class": np.int64(1), "target_class": 1}, "must differ"),
         ({"base_class": np.zeros(3, int)}, "one for each of the 40 candidates"),
@@ -210,13 +217,13 @@ def test_float_images_are_shipped_in_8_bits_within_the_budget():
     assert np.abs(one.images.astype(int) - TRAIN.images).max() == 25
 
 
-def test_quantise_stays_within_any_budget():
+def test_quantize_stays_within_any_budget():
     rng = np.random.default_rng(0)
     for epsilon in (0.5 / 255, 1 / 255, 8 / 255, 0.1, 0.3):
         for bases in (rng.random(500), rng.integers(0, 256, 500) / 255):
             bases = bases.astype(np.float32)
             images = np.clip(bases + rng.uniform(-epsilon, epsilon, 500), 0, 1).astype(np.float32)
-            exported = quantise(images, bases, epsilon)
+            exported = quantize(images, bases, epsilon)
             assert exported.dtype == np.uint8
             assert np.abs(exported / 255 - bases).max() <= epsilon + 1e-5
             assert np.abs(exported / 255 - images).max() <= 1 / 255
@@ -275,7 +282,7 @@ def test_archives_with_a_bad_target(tmp_path, change, message):
         ({"targets": TRIALS.targets[:2]}, r"expected \[T, V, H, W, C\] with T = 3"),
         ({"targets": TRIALS.targets[..., :5, :]}, r"images of \(6, 6, 1\)"),
         ({"targets": TRIALS.targets / 255 * np.float32(2)}, "targets: images are float64"),
-        ({"target_labels": TRIALS.target_labels + 4}, "targets: 3 labels out of range"),
+        ({"target_labels": TRIALS.target_labels + 4}, "target_labels: 3 labels out of range"),
         ({"target_ids": TRIALS.target_ids[:1]}, r"target_ids has shape \(1,\)"),
         ({"base_labels": TRIALS.base_labels[None]}, "base_labels has shape"),
         ({"base_labels": TRIALS.target_labels}, "clean-label poisons come from the base class"),
@@ -310,14 +317,14 @@ def test_no_substitute_and_diverged_poisons():
     ("name", "settings", "message"),
     [
         *((name, {"epsilon": 8.0}, "epsilon is in units") for name in ATTACKS),
-        *((name, {"num_steps": 0}, "num_steps must be above 0") for name in ATTACKS),
-        *((name, {"batch_size": 0}, "batch_size must be above 0") for name in ATTACKS),
+        *((name, {"num_steps": 0}, "num_steps must be at least 1") for name in ATTACKS),
+        *((name, {"batch_size": 0}, "batch_size must be at least 1") for name in ATTACKS),
         *((name, {"draws": attacks.Draws(0)}, "at least one version") for name in ATTACKS),
         ("feature_collision", {"step": -1.0}, "step must be above 0"),
         ("feature_collision", {"watermark": 1.0}, r"watermark must be in \[0, 1\)"),
         ("feature_collision", {"shrink": 1.0}, r"shrink must be in \[0, 1\)"),
         ("bullseye_polytope", {"learning_rate": 0.0}, "learning_rate must be above 0"),
-        ("bp_toolkit", {"restarts": 0}, "restarts must be above 0"),
+        ("bp_toolkit", {"restarts": 0}, "restarts must be at least 1"),
     ],
 )
 def test_bad_settings(name, settings, message):
@@ -331,7 +338,7 @@ def test_bad_settings(name, settings, message):
 def views(num_poisons=6, seed=0):
     keys = jax.random.split(jax.random.key(seed), 4)
     return [
-        feature_space.View(
+        View(
             features=jax.random.uniform(keys[0], (num_poisons, 12)),
             target=jax.random.uniform(keys[1], (12,)),
             head={"kernel": jax.random.normal(keys[2], (12, NUM_CLASSES)), "bias": jnp.arange(4.0)},
@@ -358,13 +365,13 @@ def test_closed_form_of_the_heads_gradient_is_that_of_autodiff():
         )
         return 1 - target @ poisons / jnp.linalg.norm(target) / jnp.linalg.norm(poisons)
 
-    closed = feature_space.head_gradient(view.head, view.features, view.base_label)
+    closed = head_gradient(view.head, view.features, view.base_label)
     want = jax.jit(jax.grad(loss))(view.head, view.features)
     for name in ("kernel", "bias"):
         np.testing.assert_allclose(closed[name], want[name], atol=1e-6)
 
     def ours(features):
-        return feature_space.gradient_mismatch([view._replace(features=features)])
+        return gradient_mismatch([view._replace(features=features)])
 
     value, gradient = jax.jit(jax.value_and_grad(ours))(view.features)
     want_value, want_gradient = jax.jit(jax.value_and_grad(mismatch))(view.features)
@@ -377,23 +384,23 @@ def test_objectives_by_hand():
     features, target = np.asarray(view.features), np.asarray(view.target)
     gap = np.linalg.norm(target - features.mean(0)) / np.linalg.norm(target)
     two = [view, *views(seed=1)]
-    both = [float(feature_space.bullseye([v])) for v in two]
+    both = [float(bullseye([v])) for v in two]
     np.testing.assert_allclose(both[0], gap, rtol=1e-5)
-    np.testing.assert_allclose(feature_space.bullseye(two), np.mean(both), rtol=1e-5)
-    np.testing.assert_allclose(feature_space.bullseye([view], squared=True), gap**2 / 2, rtol=1e-5)
+    np.testing.assert_allclose(bullseye(two), np.mean(both), rtol=1e-5)
+    np.testing.assert_allclose(bullseye([view], squared=True), gap**2 / 2, rtol=1e-5)
     uniform = jnp.full(6, 1 / 6)
-    np.testing.assert_allclose(feature_space.polytope([view], [uniform]), gap**2 / 2, rtol=1e-5)
+    np.testing.assert_allclose(polytope([view], [uniform]), gap**2 / 2, rtol=1e-5)
     distances = ((features - target) ** 2).sum(1)
-    np.testing.assert_allclose(feature_space.collision([view]), distances, rtol=1e-5)
+    np.testing.assert_allclose(collision([view]), distances, rtol=1e-5)
     mean = ((features.mean(0) - target) ** 2).mean()
-    np.testing.assert_allclose(feature_space.mean_collision([view]), mean, rtol=1e-5)
+    np.testing.assert_allclose(mean_collision([view]), mean, rtol=1e-5)
 
 
 def test_an_objective_that_has_arrived_has_a_finite_gradient():
     (view,) = views()
     arrived = jnp.tile(view.target, (6, 1))
     for objective in (
-        feature_space.bullseye, feature_space.gradient_mismatch, feature_space.mean_collision,
+        bullseye, gradient_mismatch, mean_collision,
     ):  # fmt: skip
         value, gradient = jax.jit(
             jax.value_and_grad(lambda f, of=objective: of([view._replace(features=f)]))
@@ -403,7 +410,7 @@ def test_an_objective_that_has_arrived_has_a_finite_gradient():
 
 
 def simplex_by_enumeration(features, target):
-    """The exact minimiser: least squares on the affine hull of every support, the best feasible."""
+    """The exact minimizer: least squares on the affine hull of every support, the best feasible."""
     best, lowest = None, np.inf
     for size in range(1, len(features) + 1):
         for support in map(list, itertools.combinations(range(len(features)), size)):
@@ -418,7 +425,7 @@ def simplex_by_enumeration(features, target):
 
 
 def test_simplex_least_squares_equals_enumeration_of_supports():
-    solve = jax.jit(jax.vmap(feature_space.simplex_least_squares))
+    solve = jax.jit(jax.vmap(simplex_least_squares))
     keys = jax.random.split(jax.random.key(0), 20)
     features = jax.vmap(lambda key: jax.random.uniform(key, (5, 8)))(keys)
     targets = jax.random.uniform(jax.random.key(1), (20, 8))
@@ -431,14 +438,14 @@ def test_simplex_least_squares_equals_enumeration_of_supports():
 
 def test_projection_to_the_simplex():
     point = jax.random.normal(jax.random.key(0), (7,))
-    nearest = feature_space.project_to_simplex(point)
+    nearest = project_to_simplex(point)
     np.testing.assert_allclose(jnp.sum(nearest), 1, rtol=1e-6)
     # The nearest point: point - nearest is the same on the support, and no larger off it.
     gap = np.asarray(point - nearest)
     support = np.asarray(nearest) > 0
     np.testing.assert_allclose(gap[support], gap[support][0], rtol=1e-5)
     assert np.all(gap[~support] <= gap[support][0])
-    np.testing.assert_allclose(feature_space.project_to_simplex(nearest), nearest, atol=1e-6)
+    np.testing.assert_allclose(project_to_simplex(nearest), nearest, atol=1e-6)
 
 
 # Substitutes, draws, steps
@@ -485,7 +492,7 @@ def test_augmentation_moves_the_poisons():
     assert abs(gap) > 1e-3
 
 
-def test_first_step_of_the_bullseye_is_the_learning_rate_in_normalised_pixels():
+def test_first_step_of_the_bullseye_is_the_learning_rate_in_normalized_pixels():
     bases = np.full((1, 2, 6, 6, 1), 0.4, np.float32)
     targets = TEST.images[None, :1].astype(np.float32) / 255
     crafted = FIRST_STEP.craft(
@@ -552,8 +559,8 @@ def test_views_of_a_target_are_attacked_at_their_mean():
 def clusters(num_examples=50, seed=0):
     rng = np.random.default_rng(seed)
     labels = (np.arange(num_examples) % 3).astype(np.int32)
-    centres = 4 * np.eye(3, 5)
-    return jnp.asarray(centres[labels] + rng.normal(size=(num_examples, 5)), jnp.float32), labels
+    centers = 4 * np.eye(3, 5)
+    return jnp.asarray(centers[labels] + rng.normal(size=(num_examples, 5)), jnp.float32), labels
 
 
 def accuracy(head, features, labels):
@@ -621,19 +628,41 @@ def test_heads_refuse_what_they_cannot_learn_from():
     features, labels = clusters()
     with pytest.raises(ValueError, match=r"expected \[N, d\] and \[N\]"):
         training.fit_head(jax.random.key(0), features, jnp.asarray(labels)[:-1], num_classes=3)
+    for bad, message in (
+        (labels + 1, "3"),  # labels from 1
+        (labels + 0.5, "whole"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training.fit_head(jax.random.key(0), features, bad, num_classes=3)
+    with pytest.raises(ValueError, match=r"keep is int32 .* one bool for each"):
+        training.fit_head(
+            jax.random.key(0), features, labels, num_classes=3, keep=np.ones(len(labels), np.int32)
+        )
     for change in ({"epochs": 0}, {"batch_size": 0}):
-        recipe = dataclasses.replace(training.HEAD, **change)
         with pytest.raises(ValueError, match="must be at least 1"):
-            training.fit_head(
-                jax.random.key(0), features, jnp.asarray(labels), num_classes=3, recipe=recipe
-            )
+            dataclasses.replace(training.HEAD, **change)
+
+
+def test_numpy_and_jax_arrays_give_the_same_head():
+    features, labels = clusters()
+    keep = np.arange(len(labels)) % 4 > 0
+    recipe = dataclasses.replace(training.HEAD, epochs=2)
+
+    def fit(features, labels, keep):
+        return training.fit_head(
+            jax.random.key(0), features, labels, num_classes=3, recipe=recipe, keep=keep
+        )
+
+    want = fit(jnp.asarray(features), jnp.asarray(labels), jnp.asarray(keep))
+    for given in ((np.asarray(features), np.asarray(labels), keep), (features, list(labels), keep)):
+        jax.tree.map(np.testing.assert_array_equal, fit(*given), want)
 
 
 # The victim
 
 
 def outcome(sets, **settings):
-    return attacks.transfer_outcome(jax.random.key(5), SUBSTITUTE, sets, TEST, **settings)
+    return evaluation.transfer_outcome(jax.random.key(5), SUBSTITUTE, sets, TEST, **settings)
 
 
 def test_outcome_is_that_of_heads_trained_one_by_one_on_what_is_kept():
@@ -651,7 +680,9 @@ def test_outcome_is_that_of_heads_trained_one_by_one_on_what_is_kept():
         return training.fit_head(key, features, labels, num_classes=NUM_CLASSES, keep=keep)
 
     def predict(head, images):
-        logits = model.apply(training.with_head(variables, head), jnp.asarray(images) / 255)
+        logits = model.apply(
+            as_network(model).with_head(variables, head), jnp.asarray(images) / 255
+        )
         return np.argmax(logits, axis=-1)
 
     for trial, one in enumerate(sets):
@@ -689,9 +720,9 @@ def test_poisons_of_real_images_work_on_a_trained_extractor(tmp_path):
     model = models.Classifier(body, num_features=64, mean=(0.5,), std=(0.25,))
     recipe = training.Recipe(epochs=6, batch_size=128, max_shift=0, flip=False, milestones=(5,))
     variables = training.fit(model, recipe, pretrain, key=jax.random.key(0)).variables
-    features = training.features(model, variables, train.images)
+    features = networks.features(model, variables, train.images)
     head = training.fit_head(jax.random.key(1), features, jnp.asarray(train.labels), num_classes=10)
-    victim = attacks.Victim(model, training.with_head(variables, head))
+    victim = attacks.Victim(model, as_network(model).with_head(variables, head))
     logits = model.apply(victim.variables, jnp.asarray(test.images) / 255)
     right = np.flatnonzero(np.argmax(logits, axis=-1) == test.labels)
     trials = attacks.draw_trials(
@@ -703,7 +734,7 @@ def test_poisons_of_real_images_work_on_a_trained_extractor(tmp_path):
     sets[0] = attacks.load(tmp_path / "0.npz", num_classes=10)
     clean = [one._replace(images=train.images) for one in sets]
     before, after = (
-        attacks.transfer_outcome(jax.random.key(4), victim, x, test) for x in (clean, sets)
+        evaluation.transfer_outcome(jax.random.key(4), victim, x, test) for x in (clean, sets)
     )
     assert np.mean(before.success) <= 0.2
     assert np.mean(after.success) >= 0.7
@@ -741,7 +772,7 @@ def test_fit_refuses_to_train_parts_that_there_are_not():
     train = Dataset(np.zeros((8, 8, 8, 3), np.uint8), np.arange(8, dtype=np.int32))
     trained = model.init(jax.random.key(9), jnp.zeros((1, 8, 8, 3)))
     transfer = training.Transfer(trained, unfrozen=("stage7",))
-    with pytest.raises(ValueError, match=r"no parts stage7 .* stage0_block0, stem"):
+    with pytest.raises(ValueError, match=r"no parts stage7 .* body/stage0_block0/conv1, .* head"):
         training.fit(
             model, training.Recipe(batch_size=8), train, key=jax.random.key(0), transfer=transfer
         )

@@ -1,7 +1,6 @@
 """The comparison of filters as a user runs it: as a program, and again after a part got lost."""
 
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -13,8 +12,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import transfer_filter
+from transfer import settings, verdicts
 
-from jaxpoison import attacks, filters, models
+from jaxpoison import attacks, evaluation, filters, models
 from jaxpoison.data import Dataset, embedded
 from jaxpoison.defenses import HintConfig
 
@@ -87,7 +88,7 @@ def pool_part(first, number):
     """Returns `number` images of each class of the embedded slice, from the `first` on."""
     pool, _ = embedded.read_part("cifar10", "train")
     rows = [np.flatnonzero(pool.labels == k)[first : first + number] for k in range(10)]
-    return Dataset(*(array[np.concatenate(rows)] for array in pool))
+    return pool.take(np.concatenate(rows))
 
 
 def test_running_again_does_only_what_is_missing(whole):
@@ -187,13 +188,6 @@ def test_bad_settings_are_refused_before_any_work(tmp_path):
 # Parts of it
 
 
-@pytest.fixture
-def module(monkeypatch):
-    """Imports a module of the experiments."""
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    return importlib.import_module
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -208,23 +202,23 @@ def module(monkeypatch):
         ({"epsilons_255": (300.0,)}, "epsilon is in units of pixels"),
     ],
 )
-def test_bad_settings(module, change, message):
-    setting = module("transfer_setting")
+def test_bad_settings(change, message):
     with pytest.raises(ValueError, match=message):
-        setting.require_sensible(dataclasses.replace(setting.PAPER, **change))
+        settings.require_sensible(dataclasses.replace(transfer_filter.PAPER, **change))
 
 
-def test_presets_are_sensible_and_parts_that_do_not_fit_are_refused(module):
-    setting = module("transfer_setting")
-    for preset in setting.PRESETS.values():
-        setting.require_sensible(preset)
-    sets = setting.load(setting.QUICK)
+def test_presets_are_sensible_and_parts_that_do_not_fit_are_refused():
+    for preset in transfer_filter.PRESETS.values():
+        settings.require_sensible(preset)
+    sets = settings.load(transfer_filter.QUICK)
     sizes = [len(part.labels) for part in sets[:4]]
     assert sizes == [2300, 300, 200, 200]
     images = np.concatenate([part.images for part in sets[:4]])
     assert len({image.tobytes() for image in images}) > 0.999 * sum(sizes)  # no image twice
     with pytest.raises(ValueError, match="at most the 300 that there are"):
-        setting.load(dataclasses.replace(setting.QUICK, parts=setting.Parts(targets=9999)))
+        settings.load(
+            dataclasses.replace(transfer_filter.QUICK, parts=settings.Parts(targets=9999))
+        )
 
 
 class Body(nn.Module):
@@ -237,15 +231,15 @@ class Body(nn.Module):
 MODEL = models.Classifier(Body(), num_features=4, num_classes=3)
 
 
-def coloured(num_examples, seed):
-    """Images in the colour of their class, classes one after the other."""
+def colored(num_examples, seed):
+    """Images in the color of their class, classes one after the other."""
     rng = np.random.default_rng(seed)
     labels = np.sort(np.arange(num_examples) % 3).astype(np.int32)
     images = 0.3 * rng.random((num_examples, 4, 4, 3)) + 0.4 * np.eye(3)[labels][:, None, None]
     return Dataset(images.astype(np.float32), labels)
 
 
-CLEAN, TRUSTED = coloured(30, 0), coloured(15, 1)
+CLEAN, TRUSTED = colored(30, 0), colored(15, 1)
 
 
 def trial(images, rows=slice(0, 10), base=0, target=1):
@@ -261,12 +255,11 @@ def victim():
     return attacks.Victim(MODEL, MODEL.init(jax.random.key(0), CLEAN.images[:1]))
 
 
-def test_vectors_are_judged_as_the_filter_itself_does(module, victim):
-    verdicts = module("transfer_verdicts")
+def test_vectors_are_judged_as_the_filter_itself_does(victim):
     half = 0.5 * (CLEAN.images[:4] + CLEAN.images[10:14])
     sets = [trial(CLEAN.images[10:14], slice(0, 4)), trial(half, slice(3, 7))]
     view = verdicts.view(victim, CLEAN, sets, TRUSTED)
-    for centroids, trusted in (("dataset", None), ("trusted", tuple(TRUSTED))):
+    for centroids, trusted in (("dataset", None), ("trusted", TRUSTED)):
         reference = None if trusted is None else (view.trusted[0], view.trusted[2])
         flagged, score = verdicts.characteristic(
             view.charvec, view.places, view.labels, reference, 3
@@ -281,8 +274,7 @@ def test_vectors_are_judged_as_the_filter_itself_does(module, victim):
         assert np.all(flagged[0][:4])  # they are images of another class
 
 
-def test_a_poison_moves_from_one_centroid_to_the_other(module, victim):
-    verdicts = module("transfer_verdicts")
+def test_a_poison_moves_from_one_centroid_to_the_other(victim):
     sets = [trial(CLEAN.images[:10]), trial(CLEAN.images[10:20])]
     view = verdicts.view(victim, CLEAN, sets, TRUSTED)
     np.testing.assert_allclose(verdicts.shift(view).mean(axis=1), [0, 1], atol=1e-5)
@@ -296,8 +288,7 @@ def test_a_poison_moves_from_one_centroid_to_the_other(module, victim):
     np.testing.assert_allclose(distance, 2 * np.mean(1 - np.array(cosines)), rtol=1e-4)
 
 
-def test_measures(module, victim):
-    verdicts = module("transfer_verdicts")
+def test_measures(victim):
     sets = [trial(CLEAN.images[10:14], slice(0, 4)), trial(CLEAN.images[10:14], slice(4, 8))]
     view = verdicts.view(victim, CLEAN, sets, TRUSTED)
     poisons = view.is_poisoned
@@ -308,7 +299,7 @@ def test_measures(module, victim):
         "right": verdicts.Verdict(poisons, poisons.astype(np.float32)),
         "half": verdicts.Verdict(half, -poisons.astype(np.float32)),
     }
-    after = attacks.Outcome(
+    after = evaluation.Outcome(
         np.zeros(4), np.array([False, False, True, False]), np.array([0.5, 0.7, 0.1, 0.3]), {}
     )
     result = verdicts.measure(view, found, after)

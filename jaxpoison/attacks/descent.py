@@ -7,9 +7,14 @@ import jax.numpy as jnp
 import optax
 
 
+def uniform_noise(key: jax.Array, like: jax.Array, epsilon: float) -> jax.Array:
+    """Returns noise from U(-epsilon, epsilon), of the shape and type of `like`."""
+    return jax.random.uniform(key, like.shape, like.dtype, minval=-epsilon, maxval=epsilon)
+
+
 def normal_start(key: jax.Array, bases: jax.Array, epsilon: float) -> jax.Array:
     """Returns bases plus N(0, epsilon^2), clipped to the budget but not to the range of pixels."""
-    noise = epsilon * jax.random.normal(key, bases.shape)
+    noise = epsilon * jax.random.normal(key, bases.shape, bases.dtype)
     return bases + jnp.clip(noise, -epsilon, epsilon)
 
 
@@ -23,15 +28,8 @@ def projection(bases: jax.Array, epsilon: float) -> Callable[[jax.Array], jax.Ar
 def signed_adam(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
     """Returns Adam on the gradient's sign, its rate cut to a tenth after 3/8, 5/8 and 7/8.
 
-    The optimiser of the toolkit of Geiping et al. (arXiv 2009.02276).
+    The optimizer of the toolkit of Geiping et al. (arXiv 2009.02276).
     """
     cuts = {num_steps * part // 8: 0.1 for part in (3, 5, 7) if num_steps * part // 8}
     sign = optax.stateless(lambda updates, _: jax.tree.map(jnp.sign, updates))
     return optax.chain(sign, optax.adam(optax.piecewise_constant_schedule(learning_rate, cuts)))
-
-
-def check_positive(**values: float) -> None:
-    """Raises a ValueError that names the first setting that is not above 0."""
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, not {value}")

@@ -32,7 +32,7 @@ def random_translate_flip(
             `jax.vmap(jax.random.fold_in, (None, 0))(key, example_indices)`.
         images: float32 [B, H, W, C] in [0, 1].
         max_shift: largest shift along either axis, in pixels.
-        fill: value outside the image, scalar or [C]. To fill with zeros *after* normalisation,
+        fill: value outside the image, scalar or [C]. To fill with zeros *after* normalization,
             as the HINT authors do, give the mean that the model subtracts.
         flip: whether to flip at all.
 
@@ -40,8 +40,11 @@ def random_translate_flip(
         float32 [B, H, W, C], in the range that `images` and `fill` span.
 
     Raises:
-        ValueError: if images are not a batch of floats or there is not one key for each.
+        ValueError: if images are not a batch of floats, there is not one key for each, or
+            `max_shift` is negative.
     """
+    if isinstance(max_shift, int | float) and not max_shift >= 0:
+        raise ValueError(f"max_shift must not be negative, got {max_shift}")
     if images.ndim != 4 or not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images are {images.dtype} {images.shape}; expected float32 [B, H, W, C]")
     if keys.shape != images.shape[:1]:

@@ -1,6 +1,10 @@
 """What is fixed about each data set that the package can find by name."""
 
+import math
 from typing import NamedTuple
+
+# A file that claims more than this multiple of the official number of images is not read.
+MOST_COPIES = 4
 
 
 class Entry(NamedTuple):
@@ -24,6 +28,11 @@ class Entry(NamedTuple):
     def num_classes(self) -> int:
         """Number of labels."""
         return len(self.class_names)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one uint8 image."""
+        return math.prod(self.image_shape)
 
 
 ENTRIES = {

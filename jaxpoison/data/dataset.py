@@ -1,15 +1,18 @@
-"""Labelled images on the host: their types, their checks and their split.
+"""Labeled images on the host: their types, their checks and their split.
 
-Images are numpy arrays, uint8 in 0..255 or float32 in [0, 1], shaped [N, H, W, C]; labels are
-int32 [N]. Nothing here touches a device except `to_float`, which is meant to run under `jit`.
+Images are NumPy arrays, uint8 in 0..255 or float32 in [0, 1], shaped [N, H, W, C]; labels are
+int32 [N]. `as_dataset` makes this of what a user holds, `check` looks at every value of it.
 """
 
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+
+from jaxpoison.data import labels as labels_
+from jaxpoison.data import pixels
 
 
 class Dataset(NamedTuple):
@@ -18,10 +21,17 @@ class Dataset(NamedTuple):
     Attributes:
         images: uint8 [N, H, W, C] in 0..255, or float32 [N, H, W, C] in [0, 1].
         labels: int32 [N], each in [0, number of classes).
+        ids: int32 [N], the row of each example in the set as collected, -1 for examples that a
+            defense has added. None where nobody keeps count; training numbers the rows itself.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: Any
+    labels: Any
+    ids: Any = None
+
+    def take(self, rows: slice | np.ndarray) -> "Dataset":
+        """Returns these examples, in this order."""
+        return jax.tree.map(lambda array: array[rows], self)
 
 
 class Splits(NamedTuple):
@@ -46,6 +56,20 @@ class Splits(NamedTuple):
     source: str
 
 
+class Original(NamedTuple):
+    """The official training and test set of a data set, not yet split.
+
+    Attributes:
+        train: images uint8 [N, H, W, C] and labels int32 [N].
+        test: the same for the test set.
+        source: one line for people: where the images come from.
+    """
+
+    train: Dataset
+    test: Dataset
+    source: str
+
+
 def split(pool: Dataset, num_validation: int, seed: int) -> tuple[Dataset, Dataset]:
     """Returns (train, validation): `pool` in random order, cut in two.
 
@@ -53,14 +77,15 @@ def split(pool: Dataset, num_validation: int, seed: int) -> tuple[Dataset, Datas
     N - num_validation examples of it are for training, the others for validation.
 
     Args:
-        pool: N labelled images.
+        pool: N labeled images, or what `as_dataset` takes.
         num_validation: size of the validation set, 1 to N - 1.
         seed: of the permutation; the same seed gives the same split.
 
     Raises:
-        ValueError: if either part would be empty.
+        TypeError, ValueError: as `as_dataset`; ValueError also if either part would be empty.
     """
-    num_examples = len(pool.labels)
+    pool = as_dataset(pool, "pool")
+    num_validation, num_examples = operator.index(num_validation), len(pool.labels)
     if not 0 < num_validation < num_examples:
         raise ValueError(
             f"cannot keep {num_validation} of {num_examples} examples for validation: both parts "
@@ -68,14 +93,42 @@ def split(pool: Dataset, num_validation: int, seed: int) -> tuple[Dataset, Datas
         )
     order = np.random.default_rng(seed).permutation(num_examples)
     train, validation = np.split(order, [num_examples - num_validation])
-    return (
-        Dataset(pool.images[train], pool.labels[train]),
-        Dataset(pool.images[validation], pool.labels[validation]),
-    )
+    return pool.take(train), pool.take(validation)
+
+
+def as_dataset(value: Any, name: str = "training set") -> Dataset:
+    """Returns `value` as a `Dataset` of the right types; for the door of a public function.
+
+    Conversions lose nothing: labels as in `labels.as_class_numbers`; lists and stacks of images of
+    one size to one array; floating point in [0, 1] to float32. Arrays that are right already are
+    not copied. What the values are is for `check` to look at.
+
+    Args:
+        value: a `Dataset`, a pair (images, labels), with ids a triple, or a set that knows its
+            `dataset`, such as a `PoisonedDataset`. Arrays may be of NumPy, JAX or anything else
+            that NumPy reads.
+        name: what to call the data set in a message.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for images of mixed sizes, masked or missing values, labels that are no class
+            numbers, or pixels that no conversion keeps.
+    """
+    given: Any = getattr(value, "dataset", value)
+    if type(given) in (tuple, list) and len(given) in (2, 3):
+        given = Dataset(*given)
+    _check_kind(given, name)
+    images: Any = _as_images(given.images, name)
+    labels = given.labels
+    if not (_is_array(labels) and labels.dtype == np.int32 and labels.ndim == 1):
+        labels = labels_.as_class_numbers(labels, None, name)
+    if isinstance(given, Dataset):
+        return given._replace(images=images, labels=labels)
+    return Dataset(images, labels)
 
 
 def check(dataset: Dataset, num_classes: int | None = None, name: str = "training set") -> None:
-    """Raises a ValueError that says what is wrong with `dataset`, if something is.
+    """Raises an error that names what is wrong with `dataset`, if something is.
 
     Args:
         dataset: see `Dataset` for what is allowed.
@@ -83,29 +136,27 @@ def check(dataset: Dataset, num_classes: int | None = None, name: str = "trainin
         name: what to call the data set in the message.
 
     Raises:
-        ValueError: wrong rank, dtype or length, no examples, labels out of range, or pixels
-            that are not finite or outside [0, 1].
+        TypeError: for anything but a data set of arrays.
+        ValueError: wrong rank, layout, dtype or length, no examples, labels out of range, or
+            pixels that are not finite or outside [0, 1].
     """
+    _check_kind(dataset, name)
+    for part in ("images", "labels"):
+        if not _is_array(getattr(dataset, part)):
+            raise TypeError(
+                f"{name}: {part} are a {type(getattr(dataset, part)).__name__}; expected an array. "
+                "data.as_dataset(...) converts them"
+            )
     images, labels = np.asarray(dataset.images), np.asarray(dataset.labels)
-    if images.ndim != 4:
+    _check_layout(images, name)
+    _check_image_dtype(images, name)
+    if labels.dtype != np.int32 or labels.ndim != 1:
+        # Raises for what no conversion can save, with a reason of its own.
+        if len(labels):
+            labels_.as_class_numbers(labels, num_classes, name)
         raise ValueError(
-            f"{name}: images have shape {images.shape}; expected [N, H, W, C]. "
-            "Add a channel axis to grey images (images[..., None])"
-        )
-    if images.dtype not in (np.uint8, np.float32):
-        raise ValueError(
-            f"{name}: images are {images.dtype}; expected uint8 in 0..255 or float32 in [0, 1]. "
-            "Convert them with images.astype(...)"
-        )
-    if labels.ndim != 1:
-        raise ValueError(
-            f"{name}: labels have shape {labels.shape}; expected [N], one class number for each "
-            "image. Turn one-hot labels into numbers with labels.argmax(-1)"
-        )
-    if labels.dtype != np.int32:
-        raise ValueError(
-            f"{name}: labels are {labels.dtype}; expected int32. "
-            "Convert them with labels.astype(np.int32)"
+            f"{name}: labels are {labels.dtype} of shape {labels.shape}; expected int32 [N], one "
+            "class number for each image. Use data.labels.as_class_numbers(labels)"
         )
     if len(images) != len(labels):
         raise ValueError(
@@ -115,9 +166,15 @@ def check(dataset: Dataset, num_classes: int | None = None, name: str = "trainin
         raise ValueError(
             f"{name}: is empty (images {images.shape}); at least one image of one pixel is needed"
         )
-    _check_labels(labels, num_classes, name)
+    labels_.check_range(labels, num_classes, name)
+    ids = getattr(dataset, "ids", None)
+    if ids is not None and not (_is_array(ids) and ids.shape == labels.shape):
+        raise ValueError(
+            f"{name}: ids have shape {np.shape(ids)}; expected an array {labels.shape}, one id for "
+            "each image, or None"
+        )
     if images.dtype == np.float32:
-        _check_pixels(images, name)
+        pixels.check_range(images, name)
 
 
 def check_trusted(
@@ -126,7 +183,7 @@ def check_trusted(
     """As `check`, and raises a ValueError for a validation set that holds a single class.
 
     A gradient of one class alone pulls every prediction towards that class, so the influence
-    measured against it says little about what helps or harms the model.
+    measured against it tells little about what helps or harms the model.
 
     Args:
         dataset: the trusted examples.
@@ -134,7 +191,7 @@ def check_trusted(
         name: what to call the data set in the message.
 
     Raises:
-        ValueError: as `check`, or if fewer than two classes are present.
+        TypeError, ValueError: as `check`; ValueError also if fewer than two classes are present.
     """
     check(dataset, num_classes, name)
     present = np.unique(dataset.labels)
@@ -145,48 +202,139 @@ def check_trusted(
         )
 
 
-def to_float(images: ArrayLike) -> jax.Array:
-    """Returns float32 images in [0, 1]: uint8 divided by 255, float32 as it is.
-
-    XLA may multiply by 1/255 instead, so the last bit can differ from numpy's division.
+def check_alike(trusted: Dataset, train: Dataset, num_classes: int | None = None) -> None:
+    """Raises a ValueError unless a network for `train` can be given the images of `trusted`.
 
     Args:
-        images: uint8 in 0..255 or float32 in [0, 1], any shape.
+        trusted: the trusted examples, checked by `check_trusted`.
+        train: the training set, checked by `check`.
+        num_classes: of the network. Where it is not known the largest label of `train` bounds those
+            of `trusted`: a network need not have an output for a class that nothing is trained on.
 
     Raises:
-        ValueError: for any other dtype.
+        ValueError: if image sizes differ, or trusted labels go beyond the network's.
     """
-    images = jnp.asarray(images)
-    if images.dtype == jnp.float32:
+    if trusted.images.shape[1:] != train.images.shape[1:]:
+        raise ValueError(
+            f"trusted images are {trusted.images.shape[1:]}, training images "
+            f"{train.images.shape[1:]}; give both the same size and channels"
+        )
+    bound = int(np.max(train.labels)) + 1 if num_classes is None else num_classes
+    labels_.check_range(np.asarray(trusted.labels), bound, "trusted set")
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray | jax.Array) and not isinstance(value, np.ma.MaskedArray)
+
+
+def _check_kind(value: Any, name: str) -> None:
+    """Raises a TypeError in plain words unless `value` has images and labels."""
+    if hasattr(value, "images") and hasattr(value, "labels"):
+        return
+    advice = "give data.Dataset(images, labels), or the pair (images, labels)"
+    if isinstance(value, Splits):
+        advice = "give one of its parts, such as splits.train"
+    elif _is_array(value):
+        advice = f"labels are missing: {advice}"
+    raise TypeError(f"{name} is a {type(value).__name__}; {advice}")
+
+
+def _as_images(images: Any, name: str) -> np.ndarray | jax.Array:
+    """Returns images as one array of uint8 or float32 where that is possible without loss."""
+    if np.ma.is_masked(images):
+        raise ValueError(f"{name}: images are masked; fill the mask, or leave these images out")
+    if not _is_array(images) or images.dtype == np.object_:
+        images = _stacked(images, name)
+    if images.ndim != 4 or images.dtype in (np.uint8, np.float32):
         return images
-    if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 255
-    raise ValueError(f"images are {images.dtype}; expected uint8 or float32")
+    if jnp.issubdtype(images.dtype, jnp.floating) and images.size:
+        pixels.check_range(np.asarray(images), name)  # before the cast, which would round
+        return images.astype(np.float32)
+    return images
 
 
-def _check_labels(labels: np.ndarray, num_classes: int | None, name: str) -> None:
-    upper = np.inf if num_classes is None else num_classes
-    wrong = (labels < 0) | (labels >= upper)
-    if wrong.any():
-        first = int(wrong.argmax())
-        allowed = "0, 1, 2, ..." if num_classes is None else f"0 to {num_classes - 1}"
+def _stacked(images: Any, name: str) -> np.ndarray:
+    """Returns a list of images, or anything that NumPy reads, as one array."""
+    if isinstance(images, list | tuple) or getattr(images, "dtype", 0) == np.object_:
+        if not len(images):
+            raise ValueError(f"{name}: is empty; at least one image is needed")
+        arrays = [_read(image, name) for image in images]
+        first = arrays[0]
+        for index, array in enumerate(arrays):
+            if array.shape != first.shape or array.dtype != first.dtype:
+                raise ValueError(
+                    f"{name}: images of mixed sizes or types: image 0 is {first.dtype} "
+                    f"{first.shape}, image {index} is {array.dtype} {array.shape}; resize or crop "
+                    "all to one size"
+                )
+        return np.stack(arrays)
+    return _read(images, name)
+
+
+def _read(images: Any, name: str) -> np.ndarray:
+    try:
+        array = np.asarray(images)
+    except Exception as error:  # what an object's own conversion raises: tensors on devices do
+        raise TypeError(
+            f"{name}: images of type {type(images).__name__} cannot be read as an array; convert "
+            "them to NumPy"
+        ) from error
+    if array.dtype == np.object_ or not array.ndim:
+        raise TypeError(
+            f"{name}: images are of type {type(images).__name__}; expected one array "
+            "[N, H, W, C], or a list of images of one size"
+        )
+    return array
+
+
+def _check_layout(images: np.ndarray, name: str) -> None:
+    shape = images.shape
+    if images.dtype == np.object_:
+        _stacked(images, name)
+    if images.ndim != 4:
+        advice = "Reshape them, one image each"
+        if images.ndim == 3 and shape[-1] in (1, 3):
+            advice = "Add an axis to a single image (images[None])"
+        elif images.ndim == 3:
+            advice = "Add a channel axis to gray images (images[..., None])"
+        elif images.ndim == 2:
+            advice = "Rows of pixels need images.reshape(-1, H, W, C)"
+        raise ValueError(f"{name}: images have shape {shape}; expected [N, H, W, C]. {advice}")
+    if shape[1] in (1, 3) and shape[3] not in (1, 3) and shape[2] > 1:
         raise ValueError(
-            f"{name}: {wrong.sum()} labels out of range, the first is label {labels[first]} of "
-            f"example {first}; expected {allowed}. Renumber the classes or correct num_classes"
+            f"{name}: images look like [N, C, H, W]; use images.transpose(0, 2, 3, 1); their shape "
+            f"is {shape}"
         )
 
 
-def _check_pixels(images: np.ndarray, name: str) -> None:
-    low, high = images.min(), images.max()
-    # min and max pass a NaN on, so two passes over the pixels answer both questions.
-    if not (np.isfinite(low) and np.isfinite(high)):
-        bad = ~np.isfinite(images).all(axis=(1, 2, 3))
-        raise ValueError(
-            f"{name}: {bad.sum()} images hold NaN or infinite pixels, the first is image "
-            f"{int(bad.argmax())}; remove or repair them"
-        )
-    if low < 0 or high > 1:
-        raise ValueError(
-            f"{name}: float pixels lie in [{low:g}, {high:g}]; expected [0, 1]. Divide 0..255 "
-            "images by 255, and leave normalisation to the model"
-        )
+def _check_image_dtype(images: np.ndarray, name: str) -> None:
+    """Raises a ValueError with advice that keeps the pixels' meaning, or without advice."""
+    if images.dtype in (np.uint8, np.float32):
+        return
+    advice = ""
+    if images.size and jnp.issubdtype(images.dtype, jnp.floating):
+        low, high = float(images.min()), float(images.max())
+        advice = "Use images.astype(np.float32)"
+        if not (np.isfinite(low) and np.isfinite(high)):
+            advice = "Some pixels are NaN or infinite: remove or repair these images"
+        elif low < 0 or high > 1:
+            advice = f"These lie in [{low:g}, {high:g}]: divide 0..255 images by np.float32(255)"
+    elif images.dtype == bool:
+        advice = "Use images.astype(np.float32)"
+    elif images.size and images.dtype.kind in "iu":
+        low, high = images.min(), images.max()
+        if low < 0:
+            advice = f"These lie in {low}..{high}: scale them to [0, 1] as they are meant"
+        elif high <= 1:
+            advice = "If 1 is white, make them float32; if 255 is, uint8"
+        elif high <= 255:
+            advice = "They lie in 0..255: use images.astype(np.uint8)"
+        else:
+            advice = (
+                f"They reach {high}: divide by the value of white, for instance "
+                f"(images / {2 ** int(high).bit_length() - 1}).astype(np.float32)"
+            )
+    raise ValueError(
+        f"{name}: images are {images.dtype}; expected uint8 in 0..255 or float32 in [0, 1]. "
+        f"{advice or 'Convert them to pixels'}"
+    )

@@ -16,7 +16,6 @@ import contextlib
 import io
 import os
 import sys
-import tempfile
 import threading
 import urllib.parse
 import warnings
@@ -27,9 +26,11 @@ from unittest import mock
 
 import numpy as np
 
-from jaxpoison.data import archives, catalogue
+from jaxpoison.core.files import check_writable
+from jaxpoison.data import catalogue
 from jaxpoison.data.dataset import Dataset
-from jaxpoison.data.sources import default_data_dir, is_array_record
+from jaxpoison.data.readers import archives
+from jaxpoison.data.readers.tfds import default_data_dir, import_tfds, is_array_record
 
 PROBE_SECONDS = 15.0
 
@@ -55,7 +56,8 @@ def prepare(
         FileNotFoundError: if original files are missing.
         ValueError: for an unknown name, damaged original files, or a wrong checksum.
         ConnectionError: if the server with the original files cannot be reached.
-        OSError: if `data_dir` cannot be written.
+        NotADirectoryError: if `archives_dir` is a file.
+        OSError: if `data_dir` cannot be written, a full disk included; the message names it.
         ImportError: if a package is missing.
     """
     catalogue.entry(name)
@@ -70,11 +72,11 @@ def prepare(
             f"{folder} exists, but is incomplete or not in array_record format; delete it, or "
             "choose another --data-dir"
         )
-    _check_writable(root)
+    check_writable(root)
     # Archives are read before any work starts, so that damaged files leave nothing behind.
     originals = None
     if archives_dir is not None:
-        originals = archives.read(name, archives.find(name, Path(archives_dir).expanduser()))
+        originals = archives.read(name, archives.find(name, archives_dir))
 
     def read_fn(builder: Any, download_manager: Any) -> tuple[Dataset, Dataset]:
         if originals is not None:
@@ -90,24 +92,20 @@ def prepare(
     config = tfds.download.DownloadConfig(
         try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP
     )
-    with _without_tensorflow(builder_class, read_fn), _readable_download_errors(tfds):
+    with (
+        _naming(folder),
+        _without_tensorflow(builder_class, read_fn),
+        _readable_download_errors(tfds),
+    ):
         builder.download_and_prepare(download_config=config)
     return folder
 
 
 def _import_builder(name: str) -> tuple[Any, Any, Callable[[Any], list[str]]]:
     """Returns TFDS, its builder class, and a function from a builder to its URLs."""
-    try:
-        import importlib_resources  # noqa: F401  (TFDS needs it and does not declare it)
-        import PIL.Image  # noqa: F401
-        import tensorflow_datasets as tfds
-        from array_record.python import array_record_data_source  # noqa: F401
-        from tensorflow_datasets.image_classification import cifar, mnist
-    except ImportError as error:
-        raise ImportError(
-            f"preparing {name} needs more packages ({error}): "
-            "pip install tensorflow-datasets array_record importlib_resources pillow"
-        ) from error
+    tfds = import_tfds(f" (preparing {name})")
+    from tensorflow_datasets.image_classification import cifar, mnist
+
     if name == "cifar10":
         return tfds, cifar.Cifar10, lambda builder: [builder._cifar_info.url]
     files = [f"{stem}.gz" for stems in archives.MNIST_FILES.values() for stem in stems]
@@ -149,6 +147,22 @@ def _without_tensorflow(
 
 
 @contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Turns failures to write into `folder`, such as a full disk, into OSErrors that name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    except RuntimeError as error:
+        # What array_record raises, with the file it was writing.
+        if str(folder.parent) not in str(error):
+            raise
+        raise OSError(f"cannot write {folder}: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
 def _readable_download_errors(tfds: Any) -> Iterator[None]:
     from tensorflow_datasets.core.download import download_manager
 
@@ -184,15 +198,6 @@ def _encode_png(encoder: Any, image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write into {folder}: {error}; choose another --data-dir") from error
-
-
 def _check_reachable(url: str) -> None:
     """Raises a ConnectionError soon if no server answers; TFDS would retry for minutes."""
     import requests
@@ -219,10 +224,12 @@ def _check_reachable(url: str) -> None:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, prog: str = "python -m jaxpoison.data.prepare"
+) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m jaxpoison.data.prepare",
+        prog=prog,
         description="Write a tensorflow-datasets folder without TensorFlow.",
     )
     parser.add_argument("name", choices=sorted(catalogue.ENTRIES))

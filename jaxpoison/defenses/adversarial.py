@@ -9,15 +9,19 @@ Cost: `num_steps` forward and backward passes to the pixels more, at every step 
 """
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpoison import loops
-from jaxpoison.defenses.base import Defense, Info
-from jaxpoison.models import Classifier
+from jaxpoison.core import loops
+from jaxpoison.core.settings import check_range, settle
+from jaxpoison.data import Dataset, check
+from jaxpoison.defenses._checks import check_between, check_choices, check_kind, check_schedule
+from jaxpoison.network import Network, as_network
+from jaxpoison.training.hooks import Defense, Info
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,55 +40,102 @@ class FatConfig:
     jitter: float = 0.001
     """Standard deviation of the normal noise added at each step."""
 
+    def __post_init__(self):
+        settle(self)
+        check_choices(self)
+        check_between(self, "epsilon", 0)
+        check_range(self, "num_steps", 1, whole=True)
+        check_schedule(self, "tau_epochs")
+        check_range(self, "jitter", 0)
 
-def adversarial_training(model: Classifier, config: FatConfig = FatConfig()) -> Defense:
-    """Returns friendly adversarial training as a defence.
 
-    Steps are epsilon / 5 along the normalised gradient (L2), or 0.007 / 0.031 epsilon along its
+def adversarial_training(model: Any, config: FatConfig = FatConfig()) -> Defense:
+    """Returns friendly adversarial training as a defense.
+
+    Steps are epsilon / 5 along the normalized gradient (L2), or 0.007 / 0.031 epsilon along its
     signs (L-infinity), from a random start; the network is in evaluation mode meanwhile. Pixels
     stay in [0, 1]. The batch is moved after augmentation.
 
     Args:
-      model: the network that is trained.
+      model: the network that is trained, a `Network` or what `network.as_network` takes.
       config: see `FatConfig`.
 
     Raises:
-      ValueError: for bad settings.
+      TypeError: for arguments of another kind. ValueError: from `init` for a bad training set.
     """
-    _check(config)
-    ball = _L2(config.epsilon) if config.norm == "l2" else _Linf(config.epsilon)
+    check_kind(config, FatConfig)
+    network = as_network(model).without_variables()
+    on_epoch = functools.partial(_on_epoch, config)
+    return Defense(functools.partial(_init, network), on_epoch, FriendlyAscent(network, config))
 
-    def on_epoch(state, epoch, train_state, dataset):
-        tau = sum(epoch >= start for start in config.tau_epochs)
-        info: Info = {"tau": float(tau)}
-        return jnp.full_like(state, tau), dataset, info
 
-    def on_batch(state, key, train_state, batch):
-        images, labels = batch.images, batch.labels
-        variables = jax.lax.stop_gradient(train_state.variables)
+def _init(network, key, dataset, num_epochs):
+    check(dataset, network.num_classes)
+    return jnp.zeros((), jnp.int32)
 
-        def losses(x):
-            logits = jnp.asarray(model.apply(variables, x))
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return jnp.sum(losses), jnp.argmax(logits, axis=-1) != labels
 
-        def step(carry, step_key):
-            x, patience, active = carry
-            gradient, wrong = jax.grad(losses, has_aux=True)(x)
-            active = active & ~(wrong & (patience == 0))
-            patience = jnp.where(wrong, patience - 1, patience)
-            noise = config.jitter * jax.random.normal(step_key, x.shape)
-            moved = images + ball.project(x + ball.step(gradient) + noise - images)
-            x = jnp.where(active[:, None, None, None], jnp.clip(moved, 0.0, 1.0), x)
-            return (x, patience, active), ()
+def _on_epoch(config, state, epoch, train_state, dataset):
+    tau = sum(epoch >= start for start in config.tau_epochs)
+    return jnp.full_like(state, tau), dataset, Info({"tau": float(tau)})
 
+
+@dataclasses.dataclass(frozen=True)
+class FriendlyAscent:
+    """Moves a batch to friendly adversarial examples; a `BatchFn` whose state is tau, int32 [].
+
+    Attributes:
+      network: that is trained.
+      config: see `FatConfig`.
+    """
+
+    network: Network
+    config: FatConfig
+
+    def __call__(self, state: Any, key: jax.Array, train_state: Any, batch: Dataset) -> Dataset:
+        images = batch.images
+        ball = _BALLS[self.config.norm](self.config.epsilon)
         start_key, steps_key = jax.random.split(key)
-        start = jnp.clip(images + ball.random(start_key, images.shape), 0.0, 1.0)
-        carry = start, jnp.full(labels.shape, state), jnp.ones(labels.shape, bool)
-        (x, _, _), _ = loops.inner_scan(step, carry, jax.random.split(steps_key, config.num_steps))
+        start = jnp.clip(images + ball.random(start_key, images), 0.0, 1.0)
+        everywhere = jnp.full(len(images), state), jnp.ones(len(images), bool)
+        variables = jax.lax.stop_gradient(train_state.variables)
+        step = functools.partial(ascend, self.network, self.config, variables, batch)
+        steps = jax.random.split(steps_key, self.config.num_steps)
+        (x, _, _), _ = loops.inner_scan(step, (start, *everywhere), steps)
         return batch._replace(images=x)
 
-    return Defense(lambda key, dataset: jnp.zeros((), jnp.int32), on_epoch, on_batch)
+
+def ascend(
+    network: Network, config: FatConfig, variables: Any, batch: Dataset, carry: Any, key: jax.Array
+) -> tuple[Any, tuple[()]]:
+    """Takes one step of ascent; of `loops.inner_scan`.
+
+    Args:
+      network: that is trained.
+      config: see `FatConfig`.
+      variables: of the network.
+      batch: the images [B, H, W, C] about which the ball lies, and their labels.
+      carry: the moved images, the patience left of each [B], and which still move, bool [B].
+      key: PRNG key of the step.
+    """
+    x, patience, active = carry
+    ball = _BALLS[config.norm](config.epsilon)
+    losses = functools.partial(loss_and_misses, network, variables, batch.labels)
+    gradient, wrong = jax.grad(losses, has_aux=True)(x)
+    active = active & ~(wrong & (patience == 0))
+    patience = jnp.where(wrong, patience - 1, patience)
+    noise = config.jitter * jax.random.normal(key, x.shape, x.dtype)
+    moved = batch.images + ball.project(x + ball.step(gradient) + noise - batch.images)
+    x = jnp.where(active[:, None, None, None], jnp.clip(moved, 0.0, 1.0), x)
+    return (x, patience, active), ()
+
+
+def loss_and_misses(
+    network: Network, variables: Any, labels: jax.Array, images: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum of the cross-entropies, and which images are misclassified, bool [B]."""
+    logits = network.logits(variables, images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.sum(losses), jnp.argmax(logits, axis=-1) != labels
 
 
 class _L2:
@@ -93,8 +144,8 @@ class _L2:
     def __init__(self, epsilon):
         self.epsilon = epsilon
 
-    def random(self, key, shape):
-        return self.epsilon * _unit(jax.random.normal(key, shape))
+    def random(self, key, images):
+        return self.epsilon * _unit(jax.random.normal(key, images.shape, images.dtype))
 
     def step(self, gradient):
         return self.epsilon / 5 * _unit(gradient)
@@ -110,8 +161,9 @@ class _Linf:
     def __init__(self, epsilon):
         self.epsilon = epsilon
 
-    def random(self, key, shape):
-        return jax.random.uniform(key, shape, minval=-self.epsilon, maxval=self.epsilon)
+    def random(self, key, images):
+        span = self.epsilon
+        return jax.random.uniform(key, images.shape, images.dtype, minval=-span, maxval=span)
 
     def step(self, gradient):
         return 0.007 / 0.031 * self.epsilon * jnp.sign(gradient)
@@ -128,10 +180,4 @@ def _unit(images):
     return images / jnp.maximum(_norms(images), 1e-12)
 
 
-def _check(config):
-    if not config.epsilon > 0:
-        raise ValueError(f"epsilon must be positive, not {config.epsilon}")
-    if config.norm not in ("l2", "linf"):
-        raise ValueError(f"norm must be l2 or linf, not {config.norm!r}")
-    if config.num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, not {config.num_steps}")
+_BALLS = {"l2": _L2, "linf": _Linf}

@@ -2,13 +2,19 @@
 
 MixUp (Zhang et al. 2018, arXiv 1710.09412) and CutMix (Yun et al. 2019, arXiv 1905.04899). As in
 their authors' code, one weight is drawn for a batch. Labels become shares, float32 [B, K], so a
-defence that needs class numbers in `on_batch` (adversarial training) comes before in a chain.
+defense that needs class numbers in `on_batch` (adversarial training) comes before in a chain.
 """
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxpoison.defenses.base import Defense, keep_epoch
+from jaxpoison.core.settings import check_range, settle
+from jaxpoison.data import Dataset, check
+from jaxpoison.defenses._checks import check_between
+from jaxpoison.training.hooks import Defense
 
 
 def mixup(num_classes: int, alpha: float = 1.0) -> Defense:
@@ -19,39 +25,71 @@ def mixup(num_classes: int, alpha: float = 1.0) -> Defense:
       alpha: of the distribution; 1 is uniform, less leaves images more as they were.
 
     Raises:
-      ValueError: if alpha is not positive.
+      ValueError: if alpha is not positive; from `init` if a label is not below K.
     """
-    _check(alpha)
-
-    def on_batch(state, key, train_state, batch):
-        weight_key, order_key = jax.random.split(key)
-        weight = jax.random.beta(weight_key, alpha, alpha)
-        order = jax.random.permutation(order_key, len(batch.labels))
-        images = weight * batch.images + (1 - weight) * batch.images[order]
-        labels = _mix_labels(batch.labels, order, weight, num_classes)
-        return batch._replace(images=images, labels=labels)
-
-    return Defense(lambda key, dataset: (), keep_epoch, on_batch)
+    on_batch = MixUp(num_classes, alpha)
+    return Defense(on_batch.init, on_batch=on_batch)
 
 
 def cutmix(num_classes: int, alpha: float = 1.0) -> Defense:
     """Returns CutMix: a box of x_j replaces that of x_i, labels are mixed by its share of the area.
 
     The box has the image's proportions, sides sqrt(1 - w) of it with w ~ Beta(alpha, alpha), and a
-    uniform centre; what sticks out is cut off, and does not count in the share.
+    uniform center; what sticks out is cut off, and does not count in the share.
 
     Args:
       num_classes: K.
       alpha: as for `mixup`.
 
     Raises:
-      ValueError: if alpha is not positive.
+      ValueError: if alpha is not positive; from `init` if a label is not below K.
     """
-    _check(alpha)
+    on_batch = CutMix(num_classes, alpha)
+    return Defense(on_batch.init, on_batch=on_batch)
 
-    def on_batch(state, key, train_state, batch):
+
+@dataclasses.dataclass(frozen=True)
+class _Mix:
+    num_classes: int
+    alpha: float
+
+    def __post_init__(self):
+        settle(self)
+        check_range(self, "num_classes", 1, whole=True)
+        check_between(self, "alpha", 0)
+
+    def init(self, key, dataset, num_epochs):
+        """Checks the labels; an `InitFn`."""
+        check(dataset, self.num_classes)
+        return ()
+
+    def weight(self, key, dtype):
+        """Returns w, shape ()."""
+        return jax.random.beta(key, self.alpha, self.alpha, dtype=dtype)
+
+    def labels(self, labels, order, weight):
+        """Returns shares of the classes, [B, K]."""
+        shares = jax.nn.one_hot(labels, self.num_classes, dtype=weight.dtype)
+        return weight * shares + (1 - weight) * shares[order]
+
+
+class MixUp(_Mix):
+    """Mixes a batch; a `BatchFn`. See `mixup`."""
+
+    def __call__(self, state: Any, key: jax.Array, train_state: Any, batch: Dataset) -> Dataset:
+        weight_key, order_key = jax.random.split(key)
+        weight = self.weight(weight_key, batch.images.dtype)
+        order = jax.random.permutation(order_key, len(batch.labels))
+        images = weight * batch.images + (1 - weight) * batch.images[order]
+        return batch._replace(images=images, labels=self.labels(batch.labels, order, weight))
+
+
+class CutMix(_Mix):
+    """Pastes boxes within a batch; a `BatchFn`. See `cutmix`."""
+
+    def __call__(self, state: Any, key: jax.Array, train_state: Any, batch: Dataset) -> Dataset:
         weight_key, box_key, order_key = jax.random.split(key, 3)
-        weight = jax.random.beta(weight_key, alpha, alpha)
+        weight = self.weight(weight_key, batch.images.dtype)
         order = jax.random.permutation(order_key, len(batch.labels))
         height, width = batch.images.shape[1:3]
         rows, columns = (
@@ -60,26 +98,13 @@ def cutmix(num_classes: int, alpha: float = 1.0) -> Defense:
         )
         inside = rows[:, None] & columns[None, :]
         images = jnp.where(inside[None, :, :, None], batch.images[order], batch.images)
-        kept = 1 - jnp.mean(inside.astype(jnp.float32))
-        labels = _mix_labels(batch.labels, order, kept, num_classes)
-        return batch._replace(images=images, labels=labels)
-
-    return Defense(lambda key, dataset: (), keep_epoch, on_batch)
+        kept = 1 - jnp.mean(inside.astype(weight.dtype))
+        return batch._replace(images=images, labels=self.labels(batch.labels, order, kept))
 
 
 def _interval(key, side, share):
     """Returns which of `side` pixels lie in an interval of `share` of them, at a random place."""
     half = jnp.floor(share * side).astype(jnp.int32) // 2
-    centre = jax.random.randint(key, (), 0, side)
+    center = jax.random.randint(key, (), 0, side, jnp.int32)
     pixels = jnp.arange(side)
-    return (pixels >= centre - half) & (pixels < centre + half)
-
-
-def _mix_labels(labels, order, weight, num_classes):
-    shares = jax.nn.one_hot(labels, num_classes)
-    return weight * shares + (1 - weight) * shares[order]
-
-
-def _check(alpha):
-    if not alpha > 0:
-        raise ValueError(f"alpha must be positive, not {alpha}")
+    return (pixels >= center - half) & (pixels < center + half)

@@ -1,18 +1,23 @@
 """Random noise in training: FRIENDS' second half by itself, and the control for HINT."""
 
-from typing import Literal
+import dataclasses
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxpoison.data import to_float
-from jaxpoison.defenses.base import Defense, keep_batch, keep_epoch
+from jaxpoison.core.settings import check_range, settle
+from jaxpoison.data import Dataset, check
+from jaxpoison.defenses._checks import check_between, check_choices
+from jaxpoison.defenses._ids import with_noise
+from jaxpoison.training.hooks import Defense, Info
 
 Kind = Literal["bernoulli", "uniform", "gaussian"]
 
 
 def random_noise(size: float, kind: Kind = "bernoulli") -> Defense:
-    """Returns the defence that adds fresh noise to every image at every step, after augmentation.
+    """Returns the defense that adds fresh noise to every image at every step, after augmentation.
 
     Pixels may leave [0, 1], as in FRIENDS' code.
 
@@ -24,12 +29,7 @@ def random_noise(size: float, kind: Kind = "bernoulli") -> Defense:
     Raises:
       ValueError: for a size outside [0, 1] or an unknown distribution.
     """
-    draw = _sampler(size, kind)
-
-    def on_batch(state, key, train_state, batch):
-        return batch._replace(images=batch.images + draw(key, batch.images.shape))
-
-    return Defense(lambda key, dataset: (), keep_epoch, on_batch)
+    return Defense(on_batch=RandomNoise(size, kind))
 
 
 def fixed_noise(size: float, ratio: float, kind: Kind = "uniform") -> Defense:
@@ -43,39 +43,63 @@ def fixed_noise(size: float, ratio: float, kind: Kind = "uniform") -> Defense:
       kind: the distribution.
 
     Raises:
-      ValueError: as for `random_noise`, or for a ratio outside (0, 1].
+      ValueError: as for `random_noise`, or for a ratio outside (0, 1]; from `init` for a bad
+        training set.
     """
-    draw = _sampler(size, kind)
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio r must be in (0, 1], not {ratio}")
-
-    def init(key, dataset):
-        return key
-
-    def on_epoch(state, epoch, train_state, dataset):
-        return state, with_noise(state, dataset), {}
-
-    @jax.jit
-    def with_noise(key, dataset):
-        images = to_float(dataset.images)
-        choose_key, noise_key = jax.random.split(key)
-        num_chosen = max(1, round(ratio * len(images)))
-        ranks = jax.random.permutation(choose_key, len(images))
-        chosen = (ranks < num_chosen)[:, None, None, None]
-        noisy = jnp.clip(images + draw(noise_key, images.shape), 0.0, 1.0)
-        return dataset._replace(images=jnp.where(chosen, noisy, images))
-
-    return Defense(init, on_epoch, keep_batch)
+    return Defense(functools.partial(_init, FixedNoise(size, kind, ratio)), _on_epoch)
 
 
-def _sampler(size, kind):
-    if not 0 <= size <= 1:
-        raise ValueError(f"the size of noise is in units of pixels in [0, 1], not {size}")
-    match kind:
-        case "bernoulli":
-            return lambda key, shape: size * jax.random.rademacher(key, shape, jnp.float32)
-        case "uniform":
-            return lambda key, shape: jax.random.uniform(key, shape, minval=-size, maxval=size)
-        case "gaussian":
-            return lambda key, shape: size * jax.random.normal(key, shape)
-    raise ValueError(f"noise is bernoulli, uniform or gaussian, not {kind!r}")
+@dataclasses.dataclass(frozen=True)
+class RandomNoise:
+    """Adds fresh noise to a batch; a `BatchFn` for any state. See `random_noise`."""
+
+    size: float
+    kind: Kind
+
+    def __post_init__(self):
+        settle(self)
+        check_choices(self)
+        check_range(self, "size", 0, 1)
+
+    def __call__(self, state: Any, key: jax.Array, train_state: Any, batch: Dataset) -> Dataset:
+        images = batch.images
+        return batch._replace(images=images + self.draw(key, images.shape, images.dtype))
+
+    def draw(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """Returns noise of this shape."""
+        match self.kind:
+            case "bernoulli":
+                return self.size * jax.random.rademacher(key, shape, dtype)
+            case "uniform":
+                return jax.random.uniform(key, shape, dtype, minval=-self.size, maxval=self.size)
+            case _:
+                return self.size * jax.random.normal(key, shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedNoise(RandomNoise):
+    """Settings of `fixed_noise`."""
+
+    ratio: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_between(self, "ratio", 0, 1)
+
+
+def _init(noise, key, dataset, num_epochs):
+    check(dataset)
+    return _drawn(noise, key, dataset.images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _drawn(noise, key, images):
+    choose_key, noise_key = jax.random.split(key)
+    num_chosen = max(1, round(noise.ratio * len(images)))
+    ranks = jax.random.permutation(choose_key, len(images))
+    chosen = (ranks < num_chosen)[:, None, None, None]
+    return jnp.where(chosen, noise.draw(noise_key, images.shape, jnp.float32), 0)
+
+
+def _on_epoch(state, epoch, train_state, dataset):
+    return state, with_noise(state, dataset), Info(changed=epoch == 0)

@@ -1,27 +1,31 @@
-"""Squeezing: JPEG and grey-scale, by which small perturbations lose most of what they carry.
+"""Squeezing: JPEG and grayscale, by which small perturbations lose most of what they carry.
 
 After image shortcut squeezing (Liu et al. 2023, arXiv 2301.13838). Only the training set is
 squeezed: what is trained must work on images as they come.
 """
 
+import functools
 import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpoison import parallel
+from jaxpoison.core import devices
+from jaxpoison.core.settings import plain
 from jaxpoison.data import check, to_float
-from jaxpoison.defenses.base import Defense, keep_batch
+from jaxpoison.defenses._ids import for_rows
+from jaxpoison.training.hooks import Defense, Info
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and JPEG use
 
 
 def jpeg(quality: int = 10) -> Defense:
-    """Returns the defence that trains on the images as JPEG leaves them.
+    """Returns the defense that trains on the images as JPEG leaves them.
 
     The set as collected is compressed once, in `init`, on the host and in 8 bits: about 20 s for
-    50,000 images of 32 x 32. So it goes first in a chain. Images have one channel or three.
+    50,000 images of 32 x 32. What defenses before it in a chain have done to pixels is lost. Images
+    have one channel or three.
 
     Args:
       quality: of the encoder, 1 to 95; 10 is that of the paper.
@@ -29,18 +33,29 @@ def jpeg(quality: int = 10) -> Defense:
     Raises:
       ValueError: for another quality; from `init` for a bad training set.
     """
-    if not 1 <= quality <= 95:
-        raise ValueError(f"the quality of JPEG is 1 to 95, not {quality}")
+    quality = plain(quality)
+    if type(quality) is not int or not 1 <= quality <= 95:
+        raise ValueError(f"the quality of JPEG is a whole number from 1 to 95, not {quality!r}")
+    return Defense(functools.partial(_init_jpeg, quality), _on_epoch_jpeg)
 
-    def init(key, dataset):
-        check(dataset)
-        _check_channels(dataset, (1, 3), "JPEG")
-        return jnp.asarray(compress(parallel.to_host(dataset.images), quality))
 
-    def on_epoch(state, epoch, train_state, dataset):
-        return state, dataset._replace(images=state), {}
+def _init_jpeg(quality, key, dataset, num_epochs):
+    check(dataset)
+    _check_channels(dataset, (1, 3), "JPEG")
+    return jnp.asarray(compress(devices.to_host(dataset.images), quality))
 
-    return Defense(init, on_epoch, keep_batch)
+
+def _on_epoch_jpeg(state, epoch, train_state, dataset):
+    return state, _squeezed(state, dataset), Info(changed=epoch == 0)
+
+
+@jax.jit
+def _squeezed(compressed, dataset):
+    own = (dataset.ids >= 0)[:, None, None, None]
+    images, after = dataset.images, for_rows(compressed, dataset.ids)
+    if images.dtype != after.dtype:
+        images, after = to_float(images), to_float(after)
+    return dataset._replace(images=jnp.where(own, after, images))
 
 
 def compress(images: np.ndarray, quality: int) -> np.ndarray:
@@ -55,36 +70,39 @@ def compress(images: np.ndarray, quality: int) -> np.ndarray:
     if images.dtype != np.uint8:
         images = np.round(images * 255).astype(np.uint8)
     squeezed = np.empty_like(images)
-    grey = images.shape[-1] == 1
+    gray = images.shape[-1] == 1
     for image, into in zip(images, squeezed, strict=True):
         file = io.BytesIO()
-        Image.fromarray(image[..., 0] if grey else image).save(file, "JPEG", quality=quality)
+        Image.fromarray(image[..., 0] if gray else image).save(file, "JPEG", quality=quality)
         into[...] = np.asarray(Image.open(file)).reshape(image.shape)
     return squeezed
 
 
-def grey() -> Defense:
-    """Returns the defence that trains on grey images: 0.299 R + 0.587 G + 0.114 B, three times.
+def gray() -> Defense:
+    """Returns the defense that trains on gray images: 0.299 R + 0.587 G + 0.114 B, three times.
 
     Raises:
-      ValueError: from `init`, for a bad training set or images that are not in colour.
+      ValueError: from `init`, for a bad training set or images that are not in color.
     """
+    return Defense(_init_gray, _on_epoch_gray)
 
-    def init(key, dataset):
-        check(dataset)
-        _check_channels(dataset, (3,), "grey-scale")
-        return ()
 
-    @jax.jit
-    def without_colour(dataset):
-        images = to_float(dataset.images)
-        luma = jnp.tensordot(images, jnp.asarray(LUMA), 1, precision=jax.lax.Precision.HIGHEST)
-        return dataset._replace(images=jnp.broadcast_to(luma[..., None], images.shape))
+def _init_gray(key, dataset, num_epochs):
+    check(dataset)
+    _check_channels(dataset, (3,), "grayscale")
+    return ()
 
-    def on_epoch(state, epoch, train_state, dataset):
-        return state, without_colour(dataset), {}
 
-    return Defense(init, on_epoch, keep_batch)
+def _on_epoch_gray(state, epoch, train_state, dataset):
+    return state, _without_color(dataset), Info(changed=epoch == 0)
+
+
+@jax.jit
+def _without_color(dataset):
+    images = to_float(dataset.images)
+    weights = jnp.asarray(LUMA, images.dtype)
+    luma = jnp.tensordot(images, weights, 1, precision=jax.lax.Precision.HIGHEST)
+    return dataset._replace(images=jnp.broadcast_to(luma[..., None], images.shape))
 
 
 def _check_channels(dataset, allowed, what):
@@ -92,5 +110,5 @@ def _check_channels(dataset, allowed, what):
     if channels not in allowed:
         raise ValueError(
             f"{what} is for images of {' or '.join(map(str, allowed))} channels, these have "
-            f"{channels}: leave this defence out"
+            f"{channels}: leave this defense out"
         )

@@ -1,4 +1,4 @@
-"""Filters that find poisons in a training set: characteristic vectors and their rivals.
+"""Filters that find poisons in a training set: characteristic vectors and detectors on features.
 
 The filter of De Gaspari, Hitaj and Mancini (arXiv 2403.13523) measures what each example does to
 the BatchNorm layers of a network and flags those nearer to another class than to their own.
@@ -11,6 +11,8 @@ from jaxpoison.filters.centroids import shrink as shrink
 from jaxpoison.filters.characteristic import (
     CharacteristicVectorFilter as CharacteristicVectorFilter,
 )
+from jaxpoison.filters.clustering import activation_clustering as activation_clustering
+from jaxpoison.filters.confident import confident_learning as confident_learning
 from jaxpoison.filters.distances import Mahalanobis as Mahalanobis
 from jaxpoison.filters.distances import centroid_distances as centroid_distances
 from jaxpoison.filters.distances import fisher_weights as fisher_weights
@@ -20,14 +22,15 @@ from jaxpoison.filters.extraction import Block as Block
 from jaxpoison.filters.extraction import CharVec as CharVec
 from jaxpoison.filters.extraction import apply_and_extract as apply_and_extract
 from jaxpoison.filters.extraction import extract_charvec as extract_charvec
+from jaxpoison.filters.feature_centroids import feature_centroid as feature_centroid
+from jaxpoison.filters.feature_centroids import l2_centroid as l2_centroid
 from jaxpoison.filters.limits import detectable_shift as detectable_shift
 from jaxpoison.filters.limits import p_max as p_max
+from jaxpoison.filters.nearest import filter_vectors as filter_vectors
 from jaxpoison.filters.nearest import nearest_centroid_filter as nearest_centroid_filter
+from jaxpoison.filters.neighbors import deep_knn as deep_knn
 from jaxpoison.filters.result import ContaminationWarning as ContaminationWarning
 from jaxpoison.filters.result import FilterResult as FilterResult
-from jaxpoison.filters.rivals import activation_clustering as activation_clustering
-from jaxpoison.filters.rivals import confident_learning as confident_learning
-from jaxpoison.filters.rivals import deep_knn as deep_knn
-from jaxpoison.filters.rivals import feature_centroid as feature_centroid
-from jaxpoison.filters.rivals import l2_centroid as l2_centroid
-from jaxpoison.filters.rivals import spectral_signatures as spectral_signatures
+from jaxpoison.filters.settings import PAPER as PAPER
+from jaxpoison.filters.settings import FilterSettings as FilterSettings
+from jaxpoison.filters.spectral import spectral_signatures as spectral_signatures

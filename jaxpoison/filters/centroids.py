@@ -4,18 +4,21 @@ For one block of one layer, with weights w_n and labels y_n (eq. 4 of arXiv 2403
 
     n_y = sum w,   m_y = sum w mu_n / n_y,   V_y = sum w var_n / n_y + sum w (mu_n - m_y)^2 / n_y
 
-The sums run over the examples labelled y. V_y, within plus between examples, is what a BatchNorm
+The sums run over the examples labeled y. V_y, within plus between examples, is what a BatchNorm
 layer would measure on the class as one batch; `variance="mean"` leaves the second term out.
 """
 
 import dataclasses
 import functools
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxpoison.data.labels import check_range
 from jaxpoison.filters.extraction import Block, CharVec
 
 Estimator = Literal["mean", "median", "trimmed", "geometric_median"]
@@ -96,7 +99,7 @@ class Centroids:
 
         def rows(a):
             present = (positions >= 0).reshape(-1, *[1] * (a.ndim - 1))
-            return jnp.where(present, a[positions], 0)
+            return jnp.where(present, jnp.asarray(a)[positions], 0)
 
         return jax.tree.map(rows, self)
 
@@ -115,7 +118,8 @@ class Centroids:
         """
         if self.estimator != "mean":
             raise ValueError('leaving an example out of its centroid needs estimator "mean"')
-        own = jax.tree.map(lambda a: a[labels], self)
+        labels = class_numbers(labels, charvec.num_examples, len(self.count))
+        own = jax.tree.map(lambda a: jnp.asarray(a)[labels], self)
         count = own.count - 1
         share = (1 / jnp.maximum(count, 1))[:, None]
 
@@ -158,6 +162,8 @@ def fit_centroids(
 ) -> Centroids:
     """Returns the centroids of all classes. Under `jit` with `num_classes` static.
 
+    Under `jit`, where labels cannot be looked at, one that is out of range makes all centroids NaN.
+
     Args:
       charvec: N examples.
       labels: int32 [N], in [0, num_classes).
@@ -170,7 +176,8 @@ def fit_centroids(
       variance: "pooled" or "mean", see above.
 
     Raises:
-      ValueError: for unknown settings or a wrong number of labels.
+      ValueError: for unknown settings, or labels that are not [N] integers; outside `jit` for
+        labels out of range.
     """
     for name, value, allowed in (
         ("estimator", estimator, get_args(Estimator)),
@@ -178,17 +185,18 @@ def fit_centroids(
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-    num_examples = charvec.blocks[0].mean.shape[0]
-    if labels.shape != (num_examples,):
-        raise ValueError(
-            f"labels have shape {labels.shape}; expected one for each of {num_examples}"
-        )
-    weights = jnp.ones(num_examples) if weights is None else weights.astype(jnp.float32)
-    members = weights * jax.nn.one_hot(labels, num_classes, axis=0)  # [K, N]
+    num_examples, dtype = charvec.num_examples, charvec.blocks[0].mean.dtype
+    labels = class_numbers(labels, num_examples, num_classes)
+    weights = jnp.ones(num_examples) if weights is None else jnp.asarray(weights)
+    weights = weights.astype(dtype)
+    # A label out of range would be left out without a word.
+    weights = jnp.where(jnp.all(known(labels, num_classes) | (weights == 0)), weights, jnp.nan)
+    members = weights * jax.nn.one_hot(labels, num_classes, dtype=dtype, axis=0)  # [K, N]
     if estimator == "mean":
         locate = functools.partial(_means, members, labels)
     else:
-        locate = functools.partial(_robust, _LOCATIONS[estimator], members > 0)
+        place = jnp.where(weights > 0, labels, num_classes)
+        locate = functools.partial(_robust, _LOCATIONS[estimator], place, num_classes)
     located = [(locate(block.mean), locate(block.var)) for block in charvec.blocks]
     return Centroids(
         count=jnp.sum(members, axis=1),
@@ -205,7 +213,7 @@ def shrink(trusted: Centroids, dataset: Centroids, tau: float) -> Centroids:
     """Returns (n_t trusted + tau dataset) / (n_t + tau), n_t a class's trusted examples; tau > 0.
 
     Poisons of the data set can then move the centroids again, the more the larger tau. The spread,
-    and so the scale of standardised distances, stays that of the trusted examples.
+    and so the scale of standardized distances, stays that of the trusted examples.
     """
     share = jnp.where(dataset.count > 0, tau / (trusted.count + tau), 0)[:, None]
 
@@ -218,6 +226,29 @@ def shrink(trusted: Centroids, dataset: Centroids, tau: float) -> Centroids:
     return dataclasses.replace(trusted, count=count, center=tuple(center))
 
 
+def class_numbers(labels: Any, num_examples: int, num_classes: int) -> jax.Array:
+    """Returns labels as an int32 array [N], checked as far as they are known.
+
+    Raises:
+      ValueError: if they are not [N] integers, or, outside `jit`, not in [0, num_classes).
+    """
+    found = labels if hasattr(labels, "dtype") else np.asarray(labels)
+    if found.shape != (num_examples,):
+        raise ValueError(
+            f"labels have shape {found.shape}; expected one for each of {num_examples} examples"
+        )
+    if not jnp.issubdtype(found.dtype, jnp.integer):
+        raise ValueError(f"labels are {found.dtype}; expected integers in [0, {num_classes})")
+    if not isinstance(found, Tracer):
+        check_range(np.asarray(found), num_classes, "labels")
+    return jnp.asarray(found, jnp.int32)
+
+
+def known(labels: jax.Array, num_classes: int) -> jax.Array:
+    """Returns which labels are in [0, num_classes), bool [N]."""
+    return (labels >= 0) & (labels < num_classes)
+
+
 def _means(members, labels, array):
     """Returns class means and variances around them, [K, C]; 0 for classes without members."""
     weights = members / jnp.maximum(jnp.sum(members, axis=1, keepdims=True), _TINY)
@@ -225,53 +256,72 @@ def _means(members, labels, array):
     return mean, jnp.matmul(weights, jnp.square(array - mean[labels]), precision=_EXACT)
 
 
-def _robust(location, members, array):
-    """Returns class locations and (1.4826 MAD)^2 around them, [K, C]."""
+def _robust(location, place, num_classes, array):
+    """Returns class locations and (1.4826 MAD)^2 around them, [K, C].
 
-    def one_class(mask):
-        center = location(mask, array)
-        return center, jnp.square(_MAD_TO_SD * _median(mask, jnp.abs(array - center)))
-
-    return jax.lax.map(one_class, members)
-
-
-def _sorted(mask, array):
-    return jnp.sort(jnp.where(mask[:, None], array, jnp.inf), axis=0), jnp.sum(mask)
+    `place` is the class of each example, K for those that are left out.
+    """
+    center = location(place, num_classes, array)
+    # Examples that are left out may be around anything.
+    deviation = jnp.abs(array - center[jnp.minimum(place, num_classes - 1)])
+    return center, jnp.square(_MAD_TO_SD * _median(place, num_classes, deviation))
 
 
-def _median(mask, array):
-    ordered, count = _sorted(mask, array)
-    middle = (ordered[jnp.maximum(count - 1, 0) // 2] + ordered[count // 2]) / 2
-    return jnp.where(count > 0, middle, 0)
+def _sorted(place, num_classes, array):
+    """Returns values sorted within classes [N, C], first row and number of rows of each class."""
+    count = jnp.sum(jax.nn.one_hot(place, num_classes, dtype=jnp.int32, axis=0), axis=1)
+    keys = jnp.broadcast_to(place[:, None], array.shape)
+    _, ordered = jax.lax.sort((keys, array), dimension=0, num_keys=2)
+    return ordered, jnp.cumsum(count) - count, count
 
 
-def _trimmed(mask, array):
-    ordered, count = _sorted(mask, array)
+def _median(place, num_classes, array):
+    ordered, first, count = _sorted(place, num_classes, array)
+    low, high = (first + jnp.maximum(count - 1, 0) // 2, first + count // 2)
+    middle = (_at(ordered, low) + _at(ordered, high)) / 2
+    return jnp.where(count[:, None] > 0, middle, 0)
+
+
+def _at(ordered, rows):
+    return ordered[jnp.minimum(rows, len(ordered) - 1)]
+
+
+def _trimmed(place, num_classes, array):
+    ordered, first, count = _sorted(place, num_classes, array)
     cut = (count * _TRIMMED_SHARE).astype(jnp.int32)
-    rank = jnp.arange(len(array))[:, None]
-    inside = (rank >= cut) & (rank < count - cut)
-    return jnp.sum(jnp.where(inside, ordered, 0), axis=0) / jnp.maximum(count - 2 * cut, 1)
+    place = jnp.sort(place)
+    mine = jnp.minimum(place, num_classes - 1)
+    rank = jnp.arange(len(array), dtype=jnp.int32) - first[mine]
+    inside = (place < num_classes) & (rank >= cut[mine]) & (rank < (count - cut)[mine])
+    total = jax.ops.segment_sum(jnp.where(inside[:, None], ordered, 0), mine, num_classes)
+    return total / jnp.maximum(count - 2 * cut, 1)[:, None].astype(array.dtype)
 
 
-def _geometric_median(mask, array):
+def _geometric_median(place, num_classes, array):
     """Weiszfeld's iteration, at most 50 steps, until a step is below 1e-6 of the value."""
+    members = jax.nn.one_hot(place, num_classes, dtype=array.dtype, axis=0)
+    mine = jnp.minimum(place, num_classes - 1)
 
     def weighted_mean(weights):
-        weights = weights / jnp.maximum(jnp.sum(weights), _TINY)
+        weights = members * weights
+        weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), _TINY)
         return jnp.matmul(weights, array, precision=_EXACT)
 
     def step(state):
-        index, _, center = state
-        distance = jnp.linalg.norm(array - center, axis=1)
-        return index + 1, center, weighted_mean(mask / jnp.maximum(distance, 1e-8))
+        index, moving, center = state
+        distance = jnp.linalg.norm(array - center[mine], axis=1)
+        new = weighted_mean(1 / jnp.maximum(distance, 1e-8))
+        new = jnp.where(moving[:, None], new, center)
+        change = jnp.linalg.norm(new - center, axis=1)
+        return index + 1, change > 1e-6 * jnp.linalg.norm(new, axis=1), new
 
-    def moving(state):
-        index, last, center = state
-        change = jnp.linalg.norm(center - last)
-        return (index < 50) & ((index == 0) | (change > 1e-6 * jnp.linalg.norm(center)))
+    def unfinished(state):
+        index, moving, _ = state
+        return (index < 50) & jnp.any(moving)
 
-    start = weighted_mean(mask.astype(array.dtype))
-    return jax.lax.while_loop(moving, step, (0, start, start))[2]
+    start = weighted_mean(jnp.ones(len(array), array.dtype))
+    state = 0, jnp.ones(num_classes, bool), start
+    return jax.lax.while_loop(unfinished, step, state)[2]
 
 
 _LOCATIONS = {"median": _median, "trimmed": _trimmed, "geometric_median": _geometric_median}

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxpoison.filters.centroids import Centroids
+from jaxpoison.filters.centroids import Centroids, class_numbers
 from jaxpoison.filters.extraction import CharVec
 
 Metric = Literal["cosine", "l2", "z", "maha"]
 _TINY = jnp.finfo(jnp.float32).tiny
 _EXACT = jax.lax.Precision.HIGHEST
+_CELLS = 2**24  # numbers that the Mahalanobis distance holds at a time
 
 
 def layer_weights(gamma: str | Sequence[float] | jax.Array, num_layers: int) -> jax.Array:
@@ -97,7 +98,7 @@ def fisher_weights(centroids: Centroids) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mahalanobis:
-    """A covariance within classes, of standardised and weighted coordinates u = factor (x - c).
+    """A covariance within classes, of standardized and weighted coordinates u = factor (x - c).
 
     Sigma = ridge I + slope Z'Z, for fewer examples than coordinates inverted by way of the n x n
     matrix of their products:
@@ -147,7 +148,8 @@ def fit_mahalanobis(
     factor = jnp.concatenate(
         [jnp.sqrt(w * len(scale)) / s for w, s in zip(weights, scale, strict=True)]
     )
-    own = jax.tree.map(lambda a: a[labels], centroids.center)
+    labels = class_numbers(labels, charvec.num_examples, len(centroids.count))
+    own = jax.tree.map(lambda a: jnp.asarray(a)[labels], centroids.center)
     residuals = _flat(charvec.blocks, charvec.sizes) - _flat(own, charvec.sizes)
     residuals = residuals * factor
     num_examples, dim = residuals.shape[0], jnp.sum(factor > 0)
@@ -161,7 +163,9 @@ def fit_mahalanobis(
     return Mahalanobis(
         factor=factor,
         residuals=residuals,
-        cholesky=jnp.linalg.cholesky(ridge * jnp.eye(num_examples) + slope * products),
+        cholesky=jnp.linalg.cholesky(
+            ridge * jnp.eye(num_examples, dtype=products.dtype) + slope * products
+        ),
         ridge=ridge,
         slope=slope,
         shrinkage=shrinkage,
@@ -236,15 +240,30 @@ def _cosine(x, c, scale):
 
 
 def _unit(x):
+    x = x / _power_of_two(jnp.max(jnp.abs(x), axis=1, keepdims=True))
     square = jnp.sum(jnp.square(x), axis=1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.where(square < _TINY, 1, square))
 
 
 def _l2(x, c, scale):
-    # Differences first: |x|^2 - 2 x.c + |c|^2 would cancel to nothing for near neighbours.
-    square = jnp.mean(jnp.square(x[:, None] - c), axis=-1)
+    # Differences first: |x|^2 - 2 x.c + |c|^2 would cancel to nothing for near neighbors.
+    unit = _power_of_two(jnp.maximum(jnp.max(jnp.abs(x)), jnp.max(jnp.abs(c))))
+    square = jnp.mean(jnp.square((x / unit)[:, None] - c / unit), axis=-1)
     equal = square == 0  # where the root has no gradient
-    return jnp.where(equal, 0, jnp.sqrt(jnp.where(equal, 1, square)))
+    return unit * jnp.where(equal, 0, jnp.sqrt(jnp.where(equal, 1, square)))
+
+
+def _power_of_two(size):
+    """Returns a power of two near `size` where squares would leave float32's range, else 1.
+
+    To divide by it loses no digit, and by 1 changes nothing.
+    """
+    size = jax.lax.stop_gradient(size)
+    ordinary = ((size > 1e-15) & (size < 1e15)) | (size == 0) | ~jnp.isfinite(size)
+    _, exponent = jnp.frexp(jnp.where(ordinary, 1, size))
+    # Half of the exponent at a time, for the largest is out of range.
+    half = jnp.ldexp(jnp.ones_like(size), exponent // 2)
+    return jnp.where(ordinary, 1, half * half)
 
 
 def _z(x, c, scale):
@@ -257,12 +276,16 @@ _METRICS = {"cosine": _cosine, "l2": _l2, "z": _z}
 def _mahalanobis(x, c, metric):
     x, c = x * metric.factor, c * metric.factor
     square = jnp.sum(jnp.square(x[:, None] - c), axis=-1)
-    against = [jnp.matmul(a, metric.residuals.T, precision=_EXACT) for a in (x, c)]
-    products = against[0][:, None] - against[1]  # [N, K, n]
-    half = jax.scipy.linalg.solve_triangular(
-        metric.cholesky, products.reshape(-1, products.shape[-1]).T, lower=True
-    )
-    explained = jnp.sum(jnp.square(half), axis=0).reshape(square.shape)
+    examples, classes = (jnp.matmul(a, metric.residuals.T, precision=_EXACT) for a in (x, c))
+
+    def explained(one_class):
+        products = (examples - one_class).T
+        half = jax.scipy.linalg.solve_triangular(metric.cholesky, products, lower=True)
+        return jnp.sum(jnp.square(half), axis=0)
+
+    # A few classes at a time: all of them are N x K x n numbers.
+    at_once = max(1, _CELLS // max(1, examples.size))
+    explained = jax.lax.map(explained, classes, batch_size=at_once).T
     return (square - metric.slope * explained) / metric.ridge
 
 

@@ -6,10 +6,12 @@ For BatchNorm layer i with input A_i [N, ..., C_i] (S_i positions besides exampl
     var_i[n, c] = mean over positions of (A_i[n, :, c] - mu_i[n, c])^2
 
 which is eq. 5 of De Gaspari, Hitaj and Mancini (arXiv 2403.13523). The network stays as it is, in
-evaluation mode: `nn.intercept_methods` shows each layer's input on its way, so outputs are those
-of a plain forward pass, and all of it may be put under `jit`, `vmap`, `grad` and `shard_map`.
+evaluation mode: `nn.intercept_methods` (Flax Linen) or `Network.tapped` (Flax NNX) shows each
+layer's input on its way, so outputs are those of a plain forward pass, and all of it may be put
+under `jit`, `vmap`, `grad` and `shard_map`.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -20,10 +22,12 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import core, traverse_util
+from flax import core, nnx, traverse_util
 from flax.errors import FlaxError
 
-Predicate = Callable[[nn.Module], bool]
+from jaxpoison.network import Network, as_network, is_batch_norm
+
+Predicate = Callable[[Any], bool]
 Stats = Literal["input", "self"]
 Path = tuple[str, ...]
 
@@ -60,18 +64,18 @@ class CharVec:
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
+    @property
+    def num_examples(self) -> int:
+        """N, the length of the first axis."""
+        return self.blocks[0].mean.shape[0]
+
     def ravel(self) -> jax.Array:
         """Returns (mu_1, var_1, mu_2, ...), float32 [N, 2 sum C_i], e.g. for a 2-D picture."""
         return jnp.concatenate([array for block in self.blocks for array in block], axis=-1)
 
 
-def is_batch_norm(module: nn.Module) -> bool:
-    """The default `predicate`: Flax Linen's BatchNorm and its subclasses."""
-    return isinstance(module, nn.BatchNorm)
-
-
 def extract_charvec(
-    module: nn.Module,
+    model: Any,
     variables: Any,
     x: Any,
     *,
@@ -80,13 +84,13 @@ def extract_charvec(
     **apply_kwargs: Any,
 ) -> CharVec:
     """Returns the characteristic vectors of `x`; see `apply_and_extract`."""
-    return apply_and_extract(
-        module, variables, x, predicate=predicate, stats=stats, **apply_kwargs
-    )[1]
+    return apply_and_extract(model, variables, x, predicate=predicate, stats=stats, **apply_kwargs)[
+        1
+    ]
 
 
 def apply_and_extract(
-    module: nn.Module,
+    model: Any,
     variables: Any,
     x: Any,
     *,
@@ -98,32 +102,51 @@ def apply_and_extract(
 
     Put `jit` around this function, never inside: a function that was compiled before knows
     nothing of the interceptor. A `mask` that a layer is called with (padded sequences) is
-    honoured. Models that merge the axis of examples with another one are run under `vmap`.
+    honored. Models that merge the axis of examples with another one are run under `vmap`.
 
     Args:
-      module: any Linen model; it is not changed.
-      variables: what `module.apply` takes.
+      model: any Flax Linen module, NNX module, or `network.Network` made from one; it is not
+        changed. NNX modules and networks are told by themselves to run in evaluation mode.
+      variables: what `model.apply` takes; for NNX and networks, what the network takes.
       x: N examples, an array [N, ...] or a pytree of them.
       predicate: `predicate(layer)` says at which layers to measure. For a network without
         BatchNorm, e.g. `lambda layer: isinstance(layer, nn.LayerNorm)`. Channels are the layer's
         `axis` (default: the last).
       stats: "input" measures layer inputs in evaluation mode. "self", for ablations, lets each
-        layer normalise an example by that example's own statistics (training mode, so pass e.g.
-        `train=True`), as a step of BatchNorm on that example alone would.
-      **apply_kwargs: further arguments of `module.apply`, e.g. `train=False`, `method="features"`.
+        layer normalize an example by that example's own statistics (training mode, so pass e.g.
+        `train=True`), as a step of BatchNorm on that example alone would; for Linen.
+      **apply_kwargs: further arguments of the forward pass, e.g. `train=False`,
+        `method="features"`.
 
     Returns:
       The output for all N examples, unchanged by the measurement, and a `CharVec`.
 
     Raises:
       ValueError: if no layer is found, a layer is in the wrong mode, or a layer sits inside a
-        lifted transformation from which nothing can be returned.
+        transformation from which nothing can be returned.
     """
     if stats not in ("input", "self"):
         raise ValueError(f'stats must be "input" or "self", not {stats!r}')
     if "mutable" in apply_kwargs:
         raise ValueError("mutable= is set by the extraction; leave it out of the arguments")
-    capture = functools.partial(_capture, module, variables, predicate, stats, apply_kwargs)
+    if isinstance(model, nnx.Module):
+        model = as_network(model)
+    of_network = isinstance(model, Network)
+    linen = getattr(model, "module", None) if of_network else model
+    if isinstance(linen, nn.Module):
+        if of_network:
+            net: Any = model
+            x, apply_kwargs = net.prepared(x), {**dict(net.eval_kwargs), **apply_kwargs}
+        capture = functools.partial(_capture, linen, variables, predicate, stats, apply_kwargs)
+    elif hasattr(model, "tapped"):
+        if stats != "input":
+            raise ValueError('stats="self" is for Flax Linen; use stats="input"')
+        capture = functools.partial(_tapped, model, variables, predicate, apply_kwargs)
+    else:
+        raise TypeError(
+            f"model is a {type(model).__name__}, whose layers cannot be seen; expected a Flax "
+            "Linen or NNX module, or a network.Network made from one"
+        )
     if stats == "input":
         try:
             return capture(x, together=True)
@@ -181,7 +204,7 @@ def _capture(module, variables, predicate, stats, apply_kwargs, x, *, together):
             if stats == "self":
                 output, block = _train_on_one(next_fn, args, kwargs, layer)
             else:
-                block = _measure(layer, inputs, kwargs.get("mask"), together)
+                block = _measure(layer, inputs, kwargs.get("mask"), together, _name(layer.path))
                 output = next_fn(*args, **kwargs)
             met.num_measured += 1
             facts = _Facts(inputs.size // block.mean.size, met.num_measured, *block.mean.shape)
@@ -216,12 +239,33 @@ def _capture(module, variables, predicate, stats, apply_kwargs, x, *, together):
     return output, _collect(sown, met.called)
 
 
-def _measure(layer, inputs, mask, together):
+def _tapped(network, variables, predicate, kwargs, x, *, together):
+    """As `_capture`, for a network that shows its layers' calls itself."""
+    num_examples = jax.tree.leaves(x)[0].shape[0]
+    found: list[tuple[str, int, Block]] = []
+    calls = collections.Counter[str]()
+
+    def record(name, layer, inputs, call_kwargs):
+        if together and inputs.shape[0] != num_examples:
+            raise _ExamplesMerged
+        block = _measure(layer, inputs, call_kwargs.get("mask"), together, name)
+        calls[name] += 1
+        name = name if calls[name] == 1 else f"{name}#{calls[name]}"
+        found.append((name, inputs.size // block.mean.size, block))
+
+    output = network.tapped(variables, x, record, select=predicate, **kwargs)
+    measured = {tuple(name.split("/")) for name in calls}
+    _check_complete(variables, measured, dict.fromkeys(measured), predicate)
+    paths, sizes, blocks = zip(*found, strict=True)
+    return output, CharVec(blocks, paths, sizes)
+
+
+def _measure(layer, inputs, mask, together, name):
     """Returns mean and biased variance per example and channel, in two passes and float32."""
     axis = getattr(layer, "axis", -1)
     channels = {a % inputs.ndim for a in (axis if isinstance(axis, (tuple, list)) else (axis,))}
     if 0 in channels:
-        raise ValueError(f"{_name(layer.path)}: axis {axis} is that of the examples, not channels")
+        raise ValueError(f"{name}: axis {axis} is that of the examples, not channels")
     positions = [a for a in range(int(together), inputs.ndim) if a not in channels]
     inputs = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
     mean = jnp.mean(inputs, positions, where=mask)
@@ -266,8 +310,8 @@ def _check_mode(layer, args, kwargs, stats):
 
 def _check_complete(variables, measured, called, predicate):
     kept = traverse_util.flatten_dict(core.unfreeze(variables.get("batch_stats", {})))
-    normalising = {path[:-1] for path in kept if path[-1] == "mean"}
-    missing = sorted(_name(path) for path in normalising - measured - called.keys())
+    normalizing = {path[:-1] for path in kept if path[-1] == "mean"}
+    missing = sorted(_name(path) for path in normalizing - measured - called.keys())
     if not measured and missing:
         raise ValueError(
             f"none of the layers with running statistics was seen ({', '.join(missing)}): the "
@@ -285,7 +329,7 @@ def _check_complete(variables, measured, called, predicate):
             f"{', '.join(missing)}",
             stacklevel=2,
         )
-    others = sorted(_name(path) for path in (normalising & called.keys()) - measured)
+    others = sorted(_name(path) for path in (normalizing & called.keys()) - measured)
     if others and predicate is is_batch_norm:
         warnings.warn(
             f"layers with running statistics that are no nn.BatchNorm are left out: "

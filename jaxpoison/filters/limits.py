@@ -15,7 +15,7 @@ def detectable_shift(poison_share: float) -> float:
     is .53, .67 and .83; at p = 1 nothing is flagged. With trusted examples p is 0.
 
     Args:
-      poison_share: p, share of poisons among the examples labelled as their class, in [0, 1].
+      poison_share: p, share of poisons among the examples labeled as their class, in [0, 1].
     """
     if not 0 <= poison_share <= 1:
         raise ValueError(f"the share of poisons p must be in [0, 1], not {poison_share}")

@@ -3,7 +3,9 @@
 - scikit-learn: `result.to_sklearn()` (1 in, -1 out); `result.decision_function()` (high = normal)
 - imbalanced-learn: `CharacteristicVectorFilter.fit_resample` and `sample_indices_`
 - ART: `result.to_art()`, that is (report, list with 1 = clean)
-- cleanlab: `result.to_cleanlab()` (True = issue), `result.ranked_indices()`, `result.pred_probs()`
+- cleanlab: `result.to_cleanlab()` (True = issue), `result.ranked_indices()`; its own functions take
+  `result.label_indices` and `result.pred_probs()`
+- pandas: `result.to_frame()`
 - Hugging Face datasets: `ds.select(result.keep_indices)`
 - grain, and data sources of TFDS:
   `grain.MapDataset.source(result.keep_indices).map(lambda index: ds[int(index)])`
@@ -18,6 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxpoison.core.extras import require
+from jaxpoison.filters.centroids import class_numbers, known
 
 
 class ContaminationWarning(UserWarning):
@@ -37,6 +42,8 @@ class FilterResult:
       real_label: [N], the label that the filter would give; None where it has no opinion.
       distances: float32 [N, K], to each class, in the order of `classes`; None likewise.
       settings: (name, value) of the filter and its settings, oracle quantities included.
+      ids: [N], names of the examples: the index of the pandas Series that the labels came in, or
+        the ids of a `data.Dataset`; None where they have none.
     """
 
     is_poison: Any
@@ -46,6 +53,7 @@ class FilterResult:
     real_label: Any
     distances: Any
     settings: tuple[tuple[str, Any], ...] = dataclasses.field(metadata={"static": True})
+    ids: Any = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -63,12 +71,23 @@ class FilterResult:
         return np.flatnonzero(self.keep_mask).astype(np.int64)
 
     @property
+    def label_indices(self) -> np.ndarray:
+        """Places of `labels` among `classes`, int64 [N], 0 to K - 1: what cleanlab calls labels."""
+        return np.searchsorted(np.asarray(self.classes), np.asarray(self.labels))
+
+    @property
+    def real_label_indices(self) -> np.ndarray | None:
+        """Places of `real_label` among `classes`, int64 [N]; None where there is no opinion."""
+        if self.real_label is None:
+            return None
+        return np.searchsorted(np.asarray(self.classes), np.asarray(self.real_label))
+
+    @property
     def per_class(self) -> dict[str, np.ndarray]:
         """`class`, `n`, `flagged` and `share` of each class, [K] each; made for a data frame."""
-        classes, labels = np.asarray(self.classes), np.asarray(self.labels)
-        members = labels == classes[:, None]
-        n = members.sum(axis=1)
-        flagged = (members & np.asarray(self.is_poison)).sum(axis=1)
+        classes, places = np.asarray(self.classes), self.label_indices
+        n = np.bincount(places, minlength=len(classes))
+        flagged = np.bincount(places[np.asarray(self.is_poison)], minlength=len(classes))
         return {"class": classes, "n": n, "flagged": flagged, "share": flagged / np.maximum(n, 1)}
 
     def ranked_indices(self) -> np.ndarray:
@@ -92,6 +111,24 @@ class FilterResult:
         """Returns cleanlab's mask, bool [N]: True = issue."""
         return np.asarray(self.is_poison)
 
+    def to_frame(self) -> Any:
+        """Returns a pandas DataFrame with a row for each example, in their order.
+
+        Columns: label, is_poison, score, and real_label where the filter has an opinion. The index
+        is `ids`, or 0 to N - 1.
+
+        Raises:
+          ImportError: without pandas.
+        """
+        columns = {
+            "label": np.asarray(self.labels),
+            "is_poison": np.asarray(self.is_poison),
+            "score": np.asarray(self.score),
+        }
+        if self.real_label is not None:
+            columns["real_label"] = np.asarray(self.real_label)
+        return require("pandas", extra="experiments").DataFrame(columns, index=self.ids)
+
     def pred_probs(self) -> np.ndarray:
         """Returns softmax(-distances), float64 [N, K]: the place of cleanlab's `pred_probs`.
 
@@ -112,20 +149,27 @@ def decide(
 
     score = distance to the own class - distance to the nearest other one; flagged where it is
     above `margin`, so a tie is kept (eqs. 6 and 7 of arXiv 2403.13523 at margin 0). An example
-    whose distances are not numbers is flagged.
+    whose distances are not numbers has no score (NaN) and is flagged; so, under `jit`, has one
+    whose label is not in [0, K).
 
     Args:
       distances: float32 [N, K], K >= 2.
       labels: int32 [N], in [0, K).
       margin: how much nearer another class must be.
       settings: what to tell in `FilterResult.config`.
+
+    Raises:
+      ValueError: for a single class; for labels that are not [N] integers; outside `jit` for
+        labels out of range.
     """
-    num_classes = distances.shape[1]
+    num_examples, num_classes = distances.shape
     if num_classes < 2:
         raise ValueError("there is one class only: a filter that compares classes needs two")
+    labels = class_numbers(labels, num_examples, num_classes)
     own = jnp.arange(num_classes) == labels[:, None]
     other = jnp.min(jnp.where(own, jnp.inf, distances), axis=1)
     score = jnp.sum(jnp.where(own, distances, 0), axis=1) - other
+    score = jnp.where(known(labels, num_classes), score, jnp.nan)
     return FilterResult(
         is_poison=~(score <= margin),
         score=score,
@@ -169,35 +213,28 @@ def warn_of_emptied_classes(result: FilterResult) -> None:
         )
 
 
-def encode_labels(y: Any, name: str = "y") -> tuple[np.ndarray, np.ndarray]:
-    """Returns (int32 [N] positions, classes [K] ascending) of labels or one-hot rows.
-
-    Raises:
-      ValueError: for no labels, more than one axis without one-hot rows, or labels that are NaN.
-    """
-    y = np.asarray(y)
-    if y.ndim == 2:
-        if not (np.isin(y, (0, 1)).all() and (y.sum(axis=1) == 1).all()):
-            raise ValueError(
-                f"{name} has shape {y.shape}; expected [N], or one-hot rows with a single 1"
-            )
-        y = y.argmax(axis=1)
-    if y.ndim != 1 or not len(y):
-        raise ValueError(f"{name} has shape {y.shape}; expected one label for each of N >= 1")
-    if y.dtype.kind == "f" and not np.isfinite(y).all():
-        raise ValueError(f"{name} has labels that are not finite; give every example a class")
-    if y.dtype.kind == "O":
-        raise ValueError(f"{name} holds Python objects; use integers or strings")
-    classes, positions = np.unique(y, return_inverse=True)
-    return positions.astype(np.int32), classes
+def top_of_each_class(score: np.ndarray, labels: np.ndarray, share: float) -> np.ndarray:
+    """Returns the floor(share * n_y) highest scores of each class, bool [N], but never all."""
+    counts = np.bincount(labels)
+    # Products such as .15 * 20 may land just below the integer that is meant.
+    drop = np.minimum(np.floor(share * counts + 1e-9).astype(int), counts - 1)
+    order = np.lexsort((-score, labels))
+    rank = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[order]]
+    flagged = np.zeros(len(labels), bool)
+    flagged[order] = rank < drop[labels[order]]
+    return flagged
 
 
 def warn_of_gaps(classes: np.ndarray) -> None:
     """Warns if integer labels skip a number: a class may have got lost on the way."""
-    if classes.dtype.kind in "iu" and classes[-1] - classes[0] + 1 != len(classes):
-        missing = sorted({*range(int(classes[0]), int(classes[-1]))} - {*classes.tolist()})
+    if classes.dtype.kind not in "iu":
+        return
+    low, high = int(classes[0]), int(classes[-1])
+    if high - low + 1 != len(classes):
+        # In Python's integers: differences of 64-bit hashes overflow.
+        first = next(i for i, c in enumerate(classes.tolist(), low) if c != i)
         warnings.warn(
-            f"the labels have gaps: there are {classes.tolist()}, without {missing}; taken as "
-            f"{len(classes)} classes, in the order of result.classes",
+            f"the labels have gaps: {len(classes)} classes among {low}..{high}, {first} is none of "
+            f"them; taken as {len(classes)} classes, in the order of result.classes",
             stacklevel=3,
         )

@@ -14,7 +14,7 @@ from jaxpoison.models import layers
 
 
 class Classifier(nn.Module):
-    """Normalisation, body, head.
+    """Normalization, body, head.
 
     Attributes:
       body: a module `body(x, train) -> features` [B,d].
@@ -49,5 +49,5 @@ class Classifier(nn.Module):
 
     def features(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the input of the last linear layer, float32 [B,d]."""
-        normalised = (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
-        return self.body(normalised.astype(self.dtype), train).astype(jnp.float32)
+        normalized = (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        return self.body(normalized.astype(self.dtype), train).astype(jnp.float32)

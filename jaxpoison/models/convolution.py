@@ -60,7 +60,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir
 
-from jaxpoison import curvature, loops
+from jaxpoison.core import loops, spmd
 
 # Bytes of copies that the rows form makes at once: what two cores keep in their caches.
 _ROWS_AT_ONCE, _ROWS_CHUNK = 13_000_000, 3_200_000
@@ -105,8 +105,8 @@ def conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs):
             padding = lax.padtype_to_pads(image, kernel, strides, padding)
         window = _Window(image, kernel, strides, tuple(map(tuple, padding)))
         if min(lhs.size, rhs.size, *window.output) > 0:
-            lhs = curvature.device_local(lhs, rhs)
-            return _value_p.bind(lhs, curvature.device_local(rhs, lhs), window=window)
+            lhs = spmd.device_local(lhs, rhs)
+            return _value_p.bind(lhs, spmd.device_local(rhs, lhs), window=window)
     return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
 
 
@@ -174,7 +174,7 @@ def _xla_kernel_gradient(x, g, window):
 
 def _transpose_to_image(form, g, k, window):
     x = jnp.zeros((g.shape[0], *window.image, k.shape[2]), g.dtype)
-    x = curvature.device_local(x, g, k)
+    x = spmd.device_local(x, g, k)
     return jax.linear_transpose(lambda x: form(x, k, window), x)(g)[0]
 
 

@@ -71,7 +71,7 @@ def densenet121(
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> Classifier:
-    """Returns DenseNet-121 for 32x32 colour images, pixels normalised by CIFAR-10's statistics.
+    """Returns DenseNet-121 for 32x32 color images, pixels normalized by CIFAR-10's statistics.
 
     Args:
       growth: channels that each layer adds; 32 is DenseNet-121 (7.0 M parameters).

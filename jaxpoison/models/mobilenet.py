@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpoison import loops
+from jaxpoison.core import loops
 from jaxpoison.models import layers
 from jaxpoison.models.classifier import Classifier
 from jaxpoison.models.resnet import CIFAR10_MEAN, CIFAR10_STD
@@ -118,7 +118,7 @@ def mobilenet_v2(
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> Classifier:
-    """Returns MobileNetV2 for 32x32 colour images, pixels normalised by CIFAR-10's statistics.
+    """Returns MobileNetV2 for 32x32 color images, pixels normalized by CIFAR-10's statistics.
 
     Args:
       width: factor of all channel numbers; 1 is MobileNetV2 (2.3 M parameters).

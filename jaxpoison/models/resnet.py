@@ -101,7 +101,7 @@ def resnet18(
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> Classifier:
-    """Returns ResNet-18 for 32x32 colour images, pixels normalised by CIFAR-10's statistics.
+    """Returns ResNet-18 for 32x32 color images, pixels normalized by CIFAR-10's statistics.
 
     Args:
       width: channels of the first stage; 64 is ResNet-18 (11.2 M parameters), less for small
@@ -122,7 +122,7 @@ def resnet50(
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> Classifier:
-    """Returns ResNet-50 for 32x32 colour images; arguments as of `resnet18`.
+    """Returns ResNet-50 for 32x32 color images; arguments as of `resnet18`.
 
     With a width of 64 it has 23.5 M parameters. Features are `width * 2**(len(blocks) + 1)` wide.
     """

@@ -50,7 +50,7 @@ def upsample_2x(x: jax.Array) -> jax.Array:
     """Returns [B,2H,2W,C], interpolated bilinearly so that corners fall on corners."""
     for axis in (1, 2):
         size = x.shape[axis]
-        place = jnp.linspace(0.0, size - 1.0, 2 * size)
-        weights = jnp.maximum(0.0, 1 - jnp.abs(place[:, None] - jnp.arange(size)))
+        place = jnp.linspace(0.0, size - 1.0, 2 * size, dtype=x.dtype)
+        weights = jnp.maximum(0.0, 1 - jnp.abs(place[:, None] - jnp.arange(size, dtype=x.dtype)))
         x = jnp.moveaxis(jnp.tensordot(weights, x, axes=(1, axis)), 0, axis)
     return x

@@ -7,17 +7,27 @@ be put under `vmap`, over poisoned sets or over seeds.
 
 import dataclasses
 import functools
-from collections.abc import Hashable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import core
 
-from jaxpoison import loops, parallel
-from jaxpoison.data import Dataset, check, to_float
-from jaxpoison.defenses.base import Defense
-from jaxpoison.models import Classifier
+from jaxpoison.core import devices
+from jaxpoison.core.settings import check_range, settle
+from jaxpoison.data import as_dataset, check
+from jaxpoison.data.labels import as_class_numbers
+from jaxpoison.network import as_network, features
+from jaxpoison.training.hooks import (
+    Defense,
+    checked,
+    checked_info,
+    keep_batch,
+    keep_result,
+    with_ids,
+)
+from jaxpoison.training.recipe import check_milestones
 from jaxpoison.training.state import TrainState
 
 
@@ -39,30 +49,17 @@ class HeadRecipe:
     initial_scale: float = 0.1
     """Standard deviation of the initial kernel; the bias starts at zero."""
 
+    def __post_init__(self):
+        settle(self)
+        check_range(self, "epochs", 1, whole=True)
+        if self.batch_size is not None:
+            check_range(self, "batch_size", 1, whole=True)
+        check_range(self, "learning_rate", 0)
+        check_range(self, "initial_scale", 0)
+        check_milestones(self.milestones)
+
 
 HEAD = HeadRecipe()
-
-
-def features(
-    model: Classifier,
-    variables: Any,
-    images: Any,
-    *,
-    batch_size: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> jax.Array:
-    """Returns what the frozen extractor gives to the head, float32 [N, d].
-
-    Args:
-      model: the network.
-      variables: its `params` and `batch_stats`; BatchNorm uses the running statistics.
-      images: [N, H, W, C], uint8 or float32 in [0, 1].
-      batch_size: most images in one pass; None: as in `loops.even_batches`.
-      mesh: devices to use; default all.
-    """
-    mesh = parallel.data_mesh() if mesh is None else mesh
-    run = _extractor(cast(Hashable, model), batch_size, mesh)
-    return run(parallel.replicate(variables, mesh), parallel.replicate(jnp.asarray(images), mesh))
 
 
 def fit_head(
@@ -73,27 +70,31 @@ def fit_head(
     num_classes: int,
     recipe: HeadRecipe = HEAD,
     keep: jax.Array | None = None,
+    bias: bool = True,
 ) -> Any:
     """Returns a head, `{"kernel": [d, K], "bias": [K]}`, trained from new initial values.
 
     Args:
       key: PRNG key of the initial values and of the order of the examples.
-      features: float32 [N, d].
-      labels: int32 [N].
+      features: float32 [N, d], as `network.features` returns them; NumPy or JAX.
+      labels: [N], class numbers in [0, K).
       num_classes: K.
       recipe: how to train.
       keep: bool [N], the examples to train on, e.g. those a filter keeps; default all. The steps
         are those of a training set that never held the others.
+      bias: whether the head has one.
 
     Raises:
-      ValueError: if features and labels do not fit each other, or the recipe is no recipe.
+      ValueError: if features, labels and `keep` do not fit each other, or (outside `jit`) a label
+        is no class number.
     """
-    _check_recipe(recipe)
-    _check_features(features, labels)
-    keep = jnp.ones(len(labels), bool) if keep is None else keep
+    features, labels, keep = _checked(features, labels, keep, num_classes)
     init_key, order_key = jax.random.split(key)
     epoch = _epoch(order_key, features, labels, keep, recipe)
-    carry = _start(init_key, features.shape[1], num_classes, recipe)
+    shapes: dict[str, Any] = {"kernel": (features.shape[1], num_classes)}
+    shapes |= {"bias": (num_classes,)} if bias else {}
+    like = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    carry = _start(init_key, like, recipe)
     (head, _), _ = jax.lax.scan(
         lambda carry, number: (epoch(carry, number), ()), carry, jnp.arange(recipe.epochs)
     )
@@ -102,52 +103,61 @@ def fit_head(
 
 def fit_defended_head(
     key: jax.Array,
-    model: Classifier,
+    model: Any,
     variables: Any,
-    train: Dataset,
+    train: Any,
     defense: Defense,
     *,
     recipe: HeadRecipe = HEAD,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Any:
-    """Returns a head trained under a defence, `{"kernel": [d, K], "bias": [K]}`.
+    """Returns a head trained under a defense, `{"kernel": [d, K], "bias": [K]}`.
 
-    As `training.fit` with a frozen extractor, but without augmentation: features are computed anew
-    only where the defence has changed the images, so that a run takes a few forward passes. With a
-    defence that does nothing the head is that of `fit_head` for the same key.
+    As `training.fit` with a frozen extractor, but without augmentation: features are computed again
+    only where the defense has changed the images, so that a run takes a few forward passes. With a
+    defense that does nothing the head is that of `fit_head` for the same key.
 
     Args:
-      key: PRNG key of the initial values, of the order of the examples and of the defence.
-      model: the network.
+      key: PRNG key of the initial values, of the order of the examples and of the defense.
+      model: a `Network`, or what `network.as_network` takes.
       variables: its `params` and `batch_stats`; the head among them is not used.
-      train: N images and labels.
-      defense: its `init` and `on_epoch` are called. One that acts on the batch of a step (FRIENDS,
-        adversarial training, random noise) needs `training.fit(transfer=...)`.
+      train: N images and labels, as `data.as_dataset` takes them.
+      defense: its `init` and `on_epoch` are called.
       recipe: how to train.
-      mesh: devices to use, the defence's too; default all.
+      mesh: devices to use, the defense's too; default all.
 
     Raises:
-      ValueError: for bad images or labels, or a recipe that is no recipe.
+      ValueError: for bad images or labels, or a defense that acts on the batch of a step (FRIENDS,
+        adversarial training, random noise) or after training (a head refit): those need
+        `training.fit(transfer=...)`.
     """
-    _check_recipe(recipe)
-    check(train, model.num_classes)
+    train = as_dataset(train)
+    check(train)
+    network = as_network(model, image_shape=train.images.shape[1:])
+    check(train, network.num_classes)
+    checked(defense)
+    for hook, nothing in (("on_batch", keep_batch), ("finish", keep_result)):
+        if getattr(defense, hook) is not nothing:
+            raise ValueError(
+                f"the defense has a hook {hook}, which fit_defended_head cannot honor: use "
+                "training.fit(..., transfer=Transfer(variables))"
+            )
     num_examples = len(train.labels)
-    mesh = parallel.data_mesh() if mesh is None else mesh
+    mesh = devices.data_mesh() if mesh is None else mesh
     init_key, order_key = jax.random.split(key)
-    start = _start(init_key, model.num_features, model.num_classes, recipe)
-    train, variables, carry = parallel.replicate((train, variables, start), mesh)
-    state = defense.init(jax.random.fold_in(key, 1), train)
+    start = _start(init_key, network.head(variables), recipe)
+    train, variables, carry = devices.replicate((with_ids(train), variables, start), mesh)
+    state = defense.init(jax.random.fold_in(key, 1), train, recipe.epochs)
     inputs: tuple[jax.Array, ...] = ()
     for number in range(recipe.epochs):
-        full = with_head(variables, carry[0])
+        full = network.with_head(variables, carry[0])
         current = TrainState(
             jnp.int32(number), full["params"], full.get("batch_stats", {}), carry[1]
         )
         state, dataset, info = defense.on_epoch(state, number, current, train)
-        if number == 0 or info:
-            found = features(model, variables, dataset.images, mesh=mesh)
-            _check_features(found, dataset.labels)
-            # What the defence dropped is filled up, so that no other shape is compiled.
+        if number == 0 or checked_info(info).changed:
+            found = features(network, variables, dataset.images, mesh=mesh)
+            # What the defense dropped is filled up, so that no other shape is compiled.
             missing = num_examples - len(found)
             inputs = (
                 jnp.pad(found, ((0, missing), (0, 0))),
@@ -158,31 +168,35 @@ def fit_defended_head(
     return carry[0]
 
 
-def with_head(variables: Any, head: Any) -> Any:
-    """Returns a network's variables with another head."""
-    return {**variables, "params": {**variables["params"], "head": head}}
-
-
-def _check_features(features, labels):
+def _checked(features, labels, keep, num_classes):
+    """Returns all three as JAX arrays."""
+    features = jnp.asarray(features)
+    if not isinstance(labels, core.Tracer):
+        labels = as_class_numbers(labels, num_classes)
+    labels = jnp.asarray(labels)
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
         raise ValueError(
             f"features {features.shape} and labels {labels.shape}: expected [N, d] and [N], N > 0"
         )
-
-
-def _check_recipe(recipe):
-    if recipe.epochs < 1 or (recipe.batch_size is not None and recipe.batch_size < 1):
-        raise ValueError(f"epochs and batch_size must be at least 1: {recipe}")
+    if not jnp.issubdtype(features.dtype, jnp.floating):
+        raise ValueError(f"features are {features.dtype}; expected floating point")
+    keep = jnp.ones(len(labels), bool) if keep is None else jnp.asarray(keep)
+    if keep.shape != labels.shape or keep.dtype != bool:
+        raise ValueError(
+            f"keep is {keep.dtype} {keep.shape}; expected one bool for each of {len(labels)} "
+            "examples, such as result.keep_mask"
+        )
+    return features, labels, keep
 
 
 # The learning rate is applied outside, so that it follows epochs and not steps taken.
 _RULE = optax.scale_by_adam()
 
 
-def _start(key, width, num_classes, recipe):
-    """Returns (head, state of the optimiser) before the first step."""
-    kernel = recipe.initial_scale * jax.random.normal(key, (width, num_classes))
-    head = {"kernel": kernel, "bias": jnp.zeros(num_classes)}
+def _start(key, like, recipe):
+    """Returns (head, state of the optimizer) before the first step; shapes are those of `like`."""
+    head = {name: jnp.zeros(part.shape, jnp.float32) for name, part in like.items()}
+    head["kernel"] = recipe.initial_scale * jax.random.normal(key, like["kernel"].shape)
     return head, _RULE.init(head)
 
 
@@ -196,7 +210,7 @@ def _epoch(key, features, labels, keep, recipe):
     )
 
     def loss_fn(head, rows, weights):
-        logits = features[rows] @ head["kernel"] + head["bias"]
+        logits = features[rows] @ head["kernel"] + head.get("bias", 0)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
         return jnp.sum(weights * losses) / jnp.maximum(jnp.sum(weights), 1)
 
@@ -226,11 +240,3 @@ def _epoch(key, features, labels, keep, recipe):
 @functools.partial(jax.jit, static_argnames="recipe")
 def _run_epoch(key, features, labels, keep, carry, number, *, recipe):
     return _epoch(key, features, labels, keep, recipe)(carry, number)
-
-
-@functools.lru_cache(maxsize=16)  # a function of its own would be compiled anew at each call
-def _extractor(model, batch_size, mesh):
-    def extract(variables, images):
-        return model.apply(variables, to_float(images), method="features")
-
-    return loops.map_batches(extract, batch_size=batch_size, mesh=mesh)

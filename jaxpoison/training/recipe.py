@@ -1,8 +1,19 @@
-"""How a classifier is trained: the two recipes of HINT (arXiv 2309.08549), the optimiser."""
+"""How a classifier is trained: the two recipes of HINT (arXiv 2309.08549), the optimizer."""
 
 import dataclasses
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
+
+from jaxpoison.core.settings import check_range, settle
+
+
+def check_milestones(milestones: tuple[int, ...]) -> None:
+    """Raises ValueError unless these are epochs."""
+    if not all(isinstance(epoch, int) and epoch >= 0 for epoch in milestones):
+        raise ValueError(f"milestones must be whole epochs, 0 or later, got {milestones}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +37,15 @@ class Recipe:
     flip: bool = True
     """Whether images are mirrored at random."""
 
+    def __post_init__(self):
+        settle(self)
+        check_range(self, "epochs", 1, whole=True)
+        check_range(self, "batch_size", 1, whole=True)
+        for name in ("learning_rate", "weight_decay", "max_shift"):
+            check_range(self, name, 0)
+        check_range(self, "momentum", 0, 1)
+        check_milestones(self.milestones)
+
 
 CIFAR10 = Recipe()
 MNIST = Recipe(
@@ -39,14 +59,45 @@ MNIST = Recipe(
 )
 
 
-def optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Returns the recipe's optimiser; decay enters before momentum, as in PyTorch's SGD."""
-    schedule = optax.piecewise_constant_schedule(
-        recipe.learning_rate, {epoch * steps_per_epoch: 0.1 for epoch in recipe.milestones}
-    )
+class Clock(NamedTuple):
+    """How far training has come; the part of the optimizer's state that the learning rate follows.
+
+    The number of steps in an epoch is no constant: defenses drop and add examples.
+
+    Attributes:
+      epoch: finished epochs, int32, shape ().
+    """
+
+    epoch: jax.Array
+
+
+def optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """Returns the recipe's optimizer; decay enters before momentum, as in PyTorch's SGD."""
     decay = [optax.add_decayed_weights(recipe.weight_decay)] if recipe.weight_decay else []
-    momentum = recipe.momentum or None
-    return optax.chain(*decay, optax.sgd(schedule, momentum, nesterov=momentum is not None))
+    momentum = [optax.trace(recipe.momentum, nesterov=True)] if recipe.momentum else []
+    return optax.chain(*decay, *momentum, _scale_by_clock(recipe))
+
+
+def at_epoch(opt_state: optax.OptState, epoch: int) -> optax.OptState:
+    """Returns the state of `optimizer` at the start of an epoch."""
+    return optax.tree.set(opt_state, epoch=jnp.int32(epoch))
+
+
+def _scale_by_clock(recipe):
+    rate = optax.piecewise_constant_schedule(
+        recipe.learning_rate, dict.fromkeys(recipe.milestones, 0.1)
+    )
+
+    def init(params):
+        del params
+        return Clock(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        del params
+        step = -1 * rate(state.epoch)
+        return jax.tree.map(lambda u: jnp.array(step, u.dtype) * u, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def steps_per_epoch(recipe: Recipe, num_examples: int) -> int:

@@ -1,24 +1,25 @@
 """What changes from step to step of training."""
 
 import functools
-from collections.abc import Hashable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpoison.models import Classifier
+from jaxpoison.network import as_network
 
 
 class TrainState(NamedTuple):
-    """Weights and optimiser.
+    """Weights and optimizer.
 
     Attributes:
-      step: finished steps, int32, shape (); epochs on fewer examples count as whole ones.
-      params: `{"body": ..., "head": {"kernel": [d,K], "bias": [K]}}`.
-      batch_stats: running means and variances of the BatchNorm layers.
-      opt_state: state of the optax optimiser.
+      step: finished steps, int32, shape ().
+      params: parameters of the network; `{"body": ..., "head": {"kernel": [d,K], "bias": [K]}}` for
+        the classifiers of `models`.
+      batch_stats: running means and variances of the BatchNorm layers; of a Flax NNX model all
+        that is no parameter.
+      opt_state: state of the optax optimizer.
     """
 
     step: jax.Array
@@ -28,29 +29,40 @@ class TrainState(NamedTuple):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `model.apply` takes."""
+        """What the functions of the network take."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def init_state(
-    model: Classifier,
+    model: Any,
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     image_shape: tuple[int, ...],
 ) -> TrainState:
-    """Returns the state before the first step, for images of shape (H, W, C)."""
+    """Returns the state before the first step, for images of shape (H, W, C).
 
-    return _init(key, cast(Hashable, model), optimizer, image_shape)
+    Args:
+      model: a `Network`, or what `network.as_network` takes.
+      optimizer: the optax optimizer.
+      key: typed PRNG key of the initial weights; a network that was made from weights starts from
+        those.
+      image_shape: (H, W, C).
 
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _init(key, model, optimizer, image_shape):
-    variables = model.init(key, jnp.zeros((1, *image_shape)))
+    Raises:
+      ValueError: if the network has variables besides parameters and batch statistics.
+    """
+    network = as_network(model)
+    variables = network.init(key, image_shape)
+    others = variables.keys() - {"params", "batch_stats"}
+    if others:
+        raise ValueError(
+            f"the network has the collections {', '.join(sorted(others))} besides params and "
+            "batch_stats: training does not know how to update those"
+        )
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, _begin(optimizer, params))
 
 
-def at_step(state: TrainState, step: int) -> TrainState:
-    """Returns `state` at another place of the learning rate's schedule."""
-    place, count = (jnp.full_like(state.step, step) for _ in range(2))  # each is donated
-    return state._replace(step=place, opt_state=optax.tree.set(state.opt_state, count=count))
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(optimizer, params):
+    return optimizer.init(params)

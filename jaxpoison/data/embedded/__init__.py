@@ -56,7 +56,7 @@ def read_part(name: str, part: str) -> tuple[Dataset, np.ndarray]:
 
     Returns:
         The images, uint8 [N, H, W, C], with labels int32 [N], and indices int32 [N] into the
-        full set as `sources.read` gives it from a TFDS folder.
+        full set as `readers.read` gives it from a TFDS folder.
     """
     # Pillow is imported here for the sake of machines that use .npz files only.
     from PIL import Image

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxpoison.core.files import check_writable, replacing
 from jaxpoison.data import catalogue
 from jaxpoison.data.dataset import Dataset
 from jaxpoison.data.embedded import COLUMNS
-from jaxpoison.data.sources import read
+from jaxpoison.data.readers import read
 
 SEED = 20_091
 WEBP_METHOD = 6  # effort of libwebp, 0 to 6: the smallest files, and the slowest to write
@@ -56,7 +57,7 @@ def choose_balanced(
 def encode_sheet(images: np.ndarray) -> bytes:
     """Returns a lossless WebP sheet of uint8 images [N, H, W, C]; COLUMNS must divide N.
 
-    One sheet takes 77 % of the bytes of a PNG sheet of CIFAR-10, and 90 % of one of MNIST.
+    One sheet takes 77% of the bytes of a PNG sheet of CIFAR-10, and 90% of one of MNIST.
     """
     from PIL import Image
 
@@ -71,7 +72,7 @@ def encode_sheet(images: np.ndarray) -> bytes:
 
 def write_labels(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes a compressed .npz file with a fixed time stamp, so that its bytes never change."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for key, array in arrays.items():
             buffer = io.BytesIO()
             np.lib.format.write_array(buffer, array, allow_pickle=False)
@@ -84,7 +85,7 @@ def make(name: str, parts: dict[str, Dataset], out_dir: Path, num_images: dict[s
 
     Args:
         name: "cifar10" or "mnist".
-        parts: the full "train" and "test" set, in the order in which `sources.read` gives them.
+        parts: the full "train" and "test" set, in the order in which `readers.read` gives them.
         out_dir: where to write.
         num_images: how many images of each part to take.
     """
@@ -93,7 +94,8 @@ def make(name: str, parts: dict[str, Dataset], out_dir: Path, num_images: dict[s
         exclude = INEXACT_CIFAR10_TEST if (name, part) == ("cifar10", "test") else ()
         indices = choose_balanced(dataset.labels, num_images[part], exclude, SEED)
         sheet = out_dir / f"{name}-{part}.webp"
-        sheet.write_bytes(encode_sheet(dataset.images[indices]))
+        with replacing(sheet) as file:
+            file.write(encode_sheet(dataset.images[indices]))
         arrays[f"{part}_labels"] = dataset.labels[indices].astype(np.uint8)
         arrays[f"{part}_indices"] = indices.astype(np.uint16)
         print(f"{sheet}: {len(indices)} images, {sheet.stat().st_size:,} bytes")
@@ -106,10 +108,11 @@ def main() -> None:
     parser.add_argument("--data-dir", help="TFDS folder with cifar10 and mnist (as for load)")
     parser.add_argument("--out-dir", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
+    out_dir = check_writable(arguments.out_dir)
     for name in catalogue.ENTRIES:
         original = read(name, data_dir=arguments.data_dir)
         parts = {"train": original.train, "test": original.test}
-        make(name, parts, arguments.out_dir, NUM_IMAGES[name])
+        make(name, parts, out_dir, NUM_IMAGES[name])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""Pictures of results, drawn from arrays and result files."""
+
+from pathlib import Path
+
+import numpy as np
+
+from jaxpoison.data import Dataset
+from jaxpoison.runs import pictures
+
+plt = pictures.pyplot()
+
+
+def healthy_noise(
+    path: Path,
+    received: Dataset,
+    noise: np.ndarray,
+    perturbed: np.ndarray,
+    *,
+    seen: tuple[np.ndarray, np.ndarray],
+    class_names: tuple[str, ...],
+    beta: float,
+) -> None:
+    """Draws image, noise and perturbed image, with predictions before and after (cf. Figure 1).
+
+    Args:
+      path: PNG to write.
+      received: the training images as collected, float [N, H, W, C], with their labels.
+      noise: float [N, H, W, C], what HINT added.
+      perturbed: float [N, H, W, C] in [0, 1], what was trained on.
+      seen: the labels [N] that the trained model predicts for `received` and for `perturbed`.
+      class_names: names of the labels.
+      beta: bound of the noise; its picture spans [-beta, beta], gray is none.
+    """
+    images, (before, after) = received.images, seen
+    scaled = np.clip(0.5 + noise / (2 * beta), 0, 1)
+    figure, axes = plt.subplots(3, len(images), figsize=(1.5 * len(images), 5.4))
+    for column in range(len(images)):
+        label, seen, seen_now = (
+            class_names[index] for index in (received.labels[column], before[column], after[column])
+        )
+        panels = (images[column], scaled[column], perturbed[column])
+        titles = (f"label: {label}\nseen as: {seen}", "", f"seen as: {seen_now}")
+        for axis, panel, title in zip(axes[:, column], panels, titles, strict=True):
+            axis.imshow(panel.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(title, fontsize=8)
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for axis, name in zip(
+        axes[:, 0], ("as received", f"noise, ±{beta:.3f}", "as trained on"), strict=True
+    ):
+        axis.set_ylabel(name, fontsize=9)
+    figure.suptitle("Training images that HINT changed most, and what the trained model sees")
+    figure.tight_layout()
+    pictures.save(figure, path, dpi=130)
+
+
+def predictions(
+    path: Path,
+    shown: Dataset,
+    seen: dict[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    class_names: tuple[str, ...],
+    title: str,
+    intended: np.ndarray | None = None,
+) -> None:
+    """Draws images with what several networks see, as Figures 2, 3 and 4 do.
+
+    Args:
+      path: PNG to write.
+      shown: images, uint8 or float [N, H, W, C], with their true labels.
+      seen: for each network by name: the labels [N] that it gives, and how sure it is, in [0, 1].
+      class_names: names of the labels.
+      title: of the picture.
+      intended: the labels [N] that an attack wanted; given these, they are red and others black.
+        Without, all wrong ones are red.
+    """
+    count = len(shown.labels)
+    figure, axes = plt.subplots(
+        2,
+        count,
+        figsize=(1.1 + 1.5 * count, 1.8 + 0.24 * len(seen)),
+        height_ratios=[1.4, 0.24 * len(seen)],
+        squeeze=False,
+    )
+    for column in range(count):
+        picture, text = axes[:, column]
+        image, truth = shown.images[column], shown.labels[column]
+        picture.imshow(image.squeeze(), cmap="gray", interpolation="nearest")
+        picture.set_title(class_names[truth], fontsize=9)
+        picture.set_xticks([])
+        picture.set_yticks([])
+        text.set_axis_off()
+        for row, (name, (labels, sure)) in enumerate(seen.items()):
+            label = labels[column]
+            bad = label != truth if intended is None else label == intended[column]
+            color = "tab:green" if label == truth else "tab:red" if bad else "black"
+            height = 1 - (row + 0.5) / len(seen)
+            if column == 0:
+                text.text(-0.05, height, name, ha="right", va="center", fontsize=8,
+                          transform=text.transAxes)  # fmt: skip
+            text.text(0.5, height, f"{class_names[label]} ({100 * float(sure[column]):.0f} %)",
+                      ha="center", va="center", fontsize=8, color=color,
+                      transform=text.transAxes)  # fmt: skip
+    figure.suptitle(title, fontsize=10, y=1.02)
+    pictures.save(figure, path, dpi=130, bbox_inches="tight")
+
+
+def accuracy(path: Path, curves: dict[str, list[tuple[float, float, float, float | None]]]) -> None:
+    """Draws test accuracy over the share of poisons.
+
+    Args:
+      path: PNG to write.
+      curves: for each defense by name: (p, mean, sd, the paper's mean or None), in percent and in
+        order of p. The paper's are dashed, on an axis of their own as the scale differs.
+    """
+    figure, (ours, theirs) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
+    for name, points in curves.items():
+        ratios, means, spreads, published = zip(*points, strict=True)
+        (line,) = ours.plot(ratios, means, marker="o", markersize=4, label=name)
+        low, high = (np.add(means, sign * np.array(spreads)) for sign in (-1, 1))
+        ours.fill_between(ratios, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        known = [(p, mean) for p, mean in zip(ratios, published, strict=True) if mean is not None]
+        if known:
+            theirs.plot(*zip(*known, strict=True), "--o", markersize=4, color=line.get_color())
+    ours.set_title("ours, ± one standard deviation over seeds", fontsize=9)
+    theirs.set_title("paper", fontsize=9)
+    ours.set_ylabel("test accuracy, %")
+    for axis in (ours, theirs):
+        axis.set_xlabel("p, share of poisoned training images")
+        axis.grid(alpha=0.3)
+    ours.legend(fontsize=8)
+    pictures.save(figure, path, dpi=130)

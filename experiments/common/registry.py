@@ -1,0 +1,346 @@
+"""Every defense and every attack, once: the grids, the tables, the cost and --help read this.
+
+Names are those under which results are recorded; they stay. Labels are for people.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from common.settings import Common, Config
+from jaxpoison import attacks, defenses, models
+from jaxpoison.attacks import Attack, TargetedAttack
+from jaxpoison.data import Dataset, Splits
+from jaxpoison.defenses import Defense
+
+Make = Callable[[Common, models.Classifier, Splits], Defense]
+RATIOS, BETAS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0), (0.031, 0.062, 0.125, 0.25)
+BY_MASS = {"ratio": 1.0, "mass": 0.9}  # the smallest r that holds 90 % of all influence
+
+
+def no_events(config: Common) -> tuple[int, ...]:
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What Table V knows of a defense.
+
+    Attributes:
+      paper: its name there.
+      passes: passes over the network of a whole training beyond those of a plain one, in passes
+        over the training set: 1 for forward, 2 for forward and backward to the pixels, 3 for a
+        training step. A function of the settings, and of how many training and trusted images
+        there are.
+      events: the epochs before which it does more than before others.
+    """
+
+    paper: str
+    passes: Callable[[Common, int, int], float]
+    events: Callable[[Common], tuple[int, ...]] = no_events
+
+
+@dataclasses.dataclass(frozen=True)
+class DefenseEntry:
+    """A defense, or a control of one.
+
+    Attributes:
+      name: in results, and on the command line.
+      label: in tables.
+      group: what it is there for.
+      make: makes it from settings, network and data; of the data it uses the trusted part, and how
+        many others there are. None for rows that are no cells of a grid.
+      paper: its name in the paper's tables II and III; None if it is not in them.
+      setting: for Table IV, the symbol of the setting that it varies, and the value.
+      cost: for Table V.
+    """
+
+    name: str
+    label: str
+    group: Literal["defense", "control", "table IV", "reference"]
+    make: Make | None
+    paper: str | None = None
+    setting: tuple[str, float] | None = None
+    cost: Cost | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackEntry:
+    """An attack.
+
+    Attributes:
+      name: in results, and on the command line.
+      label: in text.
+      make: makes it from settings; see `UNTARGETED`, `TARGETED` and `TRANSFER`.
+    """
+
+    name: str
+    label: str
+    make: Callable[..., Any]
+
+
+def _hint(**changes: Any) -> Make:
+    """Returns HINT as configured, but for `changes`."""
+
+    def make(config: Common, model: models.Classifier, splits: Splits) -> Defense:
+        return defenses.hint(model, splits.validation, dataclasses.replace(config.hint, **changes))
+
+    return make
+
+
+def _hint_identity(config: Common, model: models.Classifier, splits: Splits) -> Defense:
+    # Where curvature is small, (H + damping I)^-1 v is v / damping: steps of that length.
+    gamma = config.hint.gamma / config.hint.damping
+    return _hint(solver="identity", gamma=gamma)(config, model, splits)
+
+
+def _hint_released(config: Common, model: models.Classifier, splits: Splits) -> Defense:
+    # As often and on as many images as HINT next to it; their steps shrink from the last update on.
+    released = dataclasses.replace(
+        defenses.RELEASED_CODE,
+        ratio=config.hint.ratio,
+        schedule=config.hint.schedule,
+        late_epoch=config.hint.schedule[-1],
+    )
+    return defenses.hint(model, splits.validation, released)
+
+
+def _then_recommended(first: Make) -> Make:
+    """Returns the defense `first`, and the recommended one after it."""
+
+    def make(config: Common, model: models.Classifier, splits: Splits) -> Defense:
+        then = defenses.recommended(splits.validation)
+        return defenses.chain(first(config, model, splits), then)
+
+    return make
+
+
+def _friends(kind: Literal["bernoulli", "uniform", "gaussian"]) -> Make:
+    return lambda config, model, splits: defenses.friends(
+        model, dataclasses.replace(config.friends, random=kind)
+    )
+
+
+def _jpeg(config: Common, model: models.Classifier, splits: Splits) -> Defense:
+    return defenses.jpeg()
+
+
+def _epic_events(config: Common) -> tuple[int, ...]:
+    last = min(config.epic.last, config.recipe.epochs - 1)
+    epochs = range(config.epic.start, last + 1)
+    return tuple(epoch for epoch in epochs if epoch % config.epic.every == 0)
+
+
+def _hint_cost(ratio: float) -> Cost:
+    return Cost(
+        f"HINT r={ratio!r}",
+        lambda config, *_: len(config.hint.schedule) * (1 + 2 * ratio),
+        lambda config: config.hint.schedule,
+    )
+
+
+def _passes_of_trusted(config: Common, num_train: int, num_trusted: int) -> float:
+    repeats = round(num_train / num_trusted)
+    return 3 * config.recipe.epochs * repeats * num_trusted / num_train
+
+
+def _ratio_entry(ratio: float) -> DefenseEntry:
+    return DefenseEntry(
+        f"hint_r{ratio:g}", f"HINT, r = {ratio:g}", "table IV", _hint(ratio=ratio),
+        setting=("r", ratio), cost=_hint_cost(ratio) if ratio >= 0.25 else None,
+    )  # fmt: skip
+
+
+_ENTRIES = (
+    DefenseEntry("clean", "none, no poisons", "reference", None),
+    DefenseEntry(
+        "none", "none", "defense", lambda config, model, splits: defenses.none(), "none",
+        cost=Cost("none", lambda *_: 0.0),
+    ),
+    DefenseEntry("hint", "HINT", "defense", _hint(), "HINT"),
+    DefenseEntry(
+        "atda", "ATDA", "defense",
+        lambda config, model, splits: defenses.adversarial_training(model, config.fat), "ATDA",
+        cost=Cost("ATDA", lambda config, *_: 2 * config.fat.num_steps * config.recipe.epochs),
+    ),
+    DefenseEntry(
+        "friends", "FRIENDS", "defense", _friends("bernoulli"), "FRIENDS",
+        # The clean prediction, the steps, the last prediction.
+        cost=Cost(
+            "FRIENDS",
+            lambda config, *_: 2 + 2 * config.friends.num_steps,
+            lambda config: (config.friends.epoch,),
+        ),
+    ),
+    DefenseEntry(
+        "epic", "EPIC", "defense",
+        lambda config, model, splits: defenses.epic(model, config.epic), "EPIC",
+        cost=Cost("EPIC", lambda config, *_: len(_epic_events(config)), _epic_events),
+    ),
+    DefenseEntry(
+        "recommended", "recommended", "defense",
+        lambda config, model, splits: defenses.recommended(splits.validation),
+        cost=Cost("recommended", _passes_of_trusted),
+    ),
+    DefenseEntry(
+        "trusted_added", "trusted set added", "control",
+        lambda config, model, splits: defenses.add_trusted(splits.validation),
+    ),
+    DefenseEntry(
+        "head_refit", "head refit on the trusted set", "control",
+        lambda config, model, splits: defenses.refit_head(model, splits.validation),
+    ),
+    DefenseEntry(
+        "random_noise", "random noise of HINT's size", "control",
+        lambda config, model, splits: defenses.fixed_noise(config.hint.beta, config.hint.ratio),
+    ),
+    DefenseEntry(
+        "hint_random", "HINT, random selection", "control", _hint(selection="random")
+    ),
+    DefenseEntry("hint_identity", "HINT, identity for H⁻¹", "control", _hint_identity),
+    DefenseEntry("hint_sign", "HINT, sign of the map", "control", _hint(step="sign")),
+    DefenseEntry("hint_mass", "HINT, r by 90 % of influence", "control", _hint(**BY_MASS)),
+    DefenseEntry(
+        "hint_released", "HINT, settings of the authors' code", "control", _hint_released
+    ),
+    DefenseEntry(
+        "hint_recommended", "HINT, r by 90 % of influence, + recommended", "control",
+        _then_recommended(_hint(**BY_MASS)),
+    ),
+    DefenseEntry("friends_uniform", "FRIENDS, uniform noise", "control", _friends("uniform")),
+    DefenseEntry("friends_gaussian", "FRIENDS, Gaussian noise", "control", _friends("gaussian")),
+    DefenseEntry("jpeg", "JPEG, quality 10", "control", _jpeg),
+    DefenseEntry(
+        "jpeg_recommended", "JPEG, quality 10, + recommended", "control", _then_recommended(_jpeg)
+    ),
+    DefenseEntry(
+        "grey", "gray-scale", "control", lambda config, model, splits: defenses.gray()
+    ),
+    DefenseEntry(
+        "mixup", "MixUp", "control",
+        lambda config, model, splits: defenses.mixup(model.num_classes),
+    ),
+    DefenseEntry(
+        "cutmix", "CutMix", "control",
+        lambda config, model, splits: defenses.cutmix(model.num_classes),
+    ),
+    DefenseEntry("trusted", "trusted images alone", "reference", None),
+    *(_ratio_entry(ratio) for ratio in RATIOS),
+    *(
+        DefenseEntry(
+            f"hint_beta{beta:g}", f"HINT, β = {beta:g}", "table IV", _hint(beta=beta),
+            setting=("β", beta),
+        )
+        for beta in BETAS
+    ),
+)  # fmt: skip
+ROWS = {entry.name: entry for entry in _ENTRIES}
+"""All rows that a table may have, in their order."""
+DEFENSES = {name: entry for name, entry in ROWS.items() if entry.make is not None}
+"""Those that can be trained."""
+
+UNTARGETED = {
+    entry.name: entry
+    for entry in (
+        AttackEntry("pgd", "PGD", lambda config: attacks.pgd(epsilon=config.epsilon)),
+        AttackEntry("dap", "DAP", lambda config: attacks.dap(epsilon=config.epsilon)),
+        AttackEntry("durp", "DURP", lambda config: attacks.durp(epsilon=config.epsilon)),
+        AttackEntry(
+            "dc",
+            "DC",
+            lambda config: attacks.deep_confuse(epsilon=config.epsilon, config=config.dc),
+        ),
+    )
+}
+"""`make(config)` returns an Attack on networks trained from scratch."""
+
+
+def _gradient_matching(config: Any, train: Dataset) -> TargetedAttack:
+    # The victims' augmentation is known to the attacker.
+    return attacks.gradient_matching(
+        epsilon=config.epsilon,
+        max_shift=config.recipe.max_shift,
+        flip=config.recipe.flip,
+        **dataclasses.asdict(config.gm),
+    )
+
+
+def _metapoison(config: Any, train: Dataset) -> TargetedAttack:
+    return attacks.metapoison(train, epsilon=config.epsilon, config=config.mp)
+
+
+TARGETED = {
+    "gm": AttackEntry("gm", "GM", _gradient_matching),
+    "mp": AttackEntry("mp", "MP", _metapoison),
+}
+"""`make(config, train)` returns a TargetedAttack on networks trained from scratch."""
+
+
+def _head_gradient_matching(epsilon: float, crafting: Any) -> TargetedAttack:
+    return attacks.head_gradient_matching(
+        epsilon=epsilon,
+        num_steps=crafting.gm_steps,
+        restarts=crafting.gm_restarts,
+        draws=attacks.Draws(),
+    )
+
+
+TRANSFER = {
+    entry.name: entry
+    for entry in (
+        AttackEntry(
+            "fc", "feature collision",
+            lambda epsilon, crafting: attacks.feature_collision(
+                epsilon=epsilon, num_steps=crafting.fc_steps
+            ),
+        ),
+        AttackEntry(
+            "cp", "convex polytope",
+            lambda epsilon, crafting: attacks.convex_polytope(
+                epsilon=epsilon, num_steps=crafting.cp_steps
+            ),
+        ),
+        AttackEntry(
+            "bp", "bullseye polytope",
+            lambda epsilon, crafting: attacks.bullseye_polytope(
+                epsilon=epsilon, num_steps=crafting.bp_steps
+            ),
+        ),
+        AttackEntry("gm", "gradient matching", _head_gradient_matching),
+    )
+}  # fmt: skip
+"""`make(epsilon, crafting)` returns a TargetedAttack on heads of a frozen extractor."""
+
+
+def make_attack(config: Config, name: str) -> Attack:
+    """Returns an untargeted attack by its name."""
+    return UNTARGETED[name].make(config)
+
+
+def make_defense(name: str, config: Common, model: models.Classifier, splits: Splits) -> Defense:
+    """Returns a defense by its name."""
+    make = DEFENSES[name].make
+    assert make is not None
+    return make(config, model, splits)
+
+
+def check_names(kind: str, names: Sequence[str], there: dict[str, Any]) -> None:
+    """Raises ValueError for a name that is not there."""
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        raise ValueError(f"unknown {kind}: {', '.join(unknown)}; there are {', '.join(there)}")
+
+
+def listing(there: dict[str, Any]) -> str:
+    """Returns what is there for --help, a line for each name, by group where there are groups."""
+    titles = {
+        "defense": "Defenses:", "control": "Controls:", "table IV": "HINT over its settings:"
+    }  # fmt: skip
+    width = 1 + max(map(len, there))
+    lines, group = [], None
+    for name, entry in there.items():
+        if getattr(entry, "group", None) != group:
+            group = entry.group
+            lines += ["", titles[group]]
+        lines.append(f"  {name:{width}}{entry.label}")
+    return "\n".join(lines)

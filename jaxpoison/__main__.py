@@ -1,0 +1,8 @@
+"""`python -m jaxpoison`."""
+
+import sys
+
+from jaxpoison.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
