@@ -136,15 +136,21 @@ def assert_gradients_close(case, dtype, tolerance):
 
 @pytest.mark.parametrize("num_images", [1, 5, 8, 11])
 @pytest.mark.parametrize("at_once", [0, 10**9])
+@pytest.mark.parametrize("stride", [1, 2])
 def test_gradient_in_chunks_equals_xla_for_any_number_of_images(
-    library, monkeypatch, num_images, at_once
+    library, monkeypatch, num_images, at_once, stride
 ):
-    monkeypatch.setattr(convolution, "_ROWS_AT_ONCE", at_once)
-    monkeypatch.setattr(convolution, "_ROWS_CHUNK", 4 * 4 * 4 * 24 * 4)  # four images
+    monkeypatch.setattr(convolution, "_COPIED_AT_ONCE", at_once)
+    monkeypatch.setattr(convolution, "_COPIED_IN_CHUNK", 0)
+    positions = 4 * (4 // stride) ** 2  # of four images
+    monkeypatch.setattr(convolution, "_POSITIONS_IN_CHUNK", positions)
     x, k = operands((num_images, 4, 4, 4), (3, 3, 4), jnp.float32)
 
     def gradient(convolve):
-        return jax.jit(jax.grad(lambda k: jnp.sum(jnp.sin(convolve(x, k)))))(k)
+        def loss(k):
+            return jnp.sum(jnp.sin(convolve(x, k, (stride, stride), ((1, 1), (1, 1)))))
+
+        return jax.jit(jax.grad(loss))(k)
 
     assert_close(gradient(ours), gradient(xla), 3e-6)
 

@@ -62,8 +62,9 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxpoison.core import loops, spmd
 
-# Bytes of copies that the rows form makes at once: what two cores keep in their caches.
-_ROWS_AT_ONCE, _ROWS_CHUNK = 13_000_000, 3_200_000
+# Bytes that a gradient to a kernel copies at once and, if it needs more, in each chunk: what stays
+# in the caches. A chunk of fewer positions would make its product too short to be fast.
+_COPIED_AT_ONCE, _COPIED_IN_CHUNK, _POSITIONS_IN_CHUNK = 13_000_000, 12_600_000, 2048
 _LIBRARY_TESTED = ("0.10.2", "0.12.0.1")
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -135,15 +136,18 @@ def _image_gradient(g, k, window):
 
 
 def _kernel_gradient(x, g, window):
-    if window.strides != (1, 1) or window.kernel == (1, 1) or x.shape[3] <= 3:
-        return _kernel_gradient_of_patches(x, g, window)
     (height, width), channels, features = window.kernel, x.shape[3], g.shape[3]
-    copies = math.prod(window.image) * (width * channels + height * features) * x.dtype.itemsize
-    if copies * x.shape[0] <= _ROWS_AT_ONCE:
-        return _kernel_gradient_of_rows(x, g, window)
-    return _sum_over_chunks(
-        lambda x, g: _kernel_gradient_of_rows(x, g, window), max(1, _ROWS_CHUNK // copies), x, g
-    )
+    if window.strides != (1, 1) or window.kernel == (1, 1) or channels <= 3:
+        form, positions = _kernel_gradient_of_patches, math.prod(window.output)
+        copied = positions * height * width * channels
+    else:
+        form, positions = _kernel_gradient_of_rows, window.image[0] * window.output[1]
+        copied = positions * (width * channels + height * features)
+    copied *= x.dtype.itemsize
+    if copied * x.shape[0] <= _COPIED_AT_ONCE:
+        return form(x, g, window)
+    chunk = max(_COPIED_IN_CHUNK // copied, math.ceil(_POSITIONS_IN_CHUNK / positions))
+    return _sum_over_chunks(lambda x, g: form(x, g, window), chunk, x, g)
 
 
 def _few_patches(window, channels):
@@ -244,10 +248,9 @@ def _contract(a, b):
     """Returns a^T b of [K,M] and [K,N]."""
     if not _library_serves(a):
         return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
-    # As several products, which run on several cores, as long as each has work to do.
+    # A product with a small result is faster as several, one core each.
     (length, rows), columns = a.shape, b.shape[1]
-    enough = max(512, rows * columns / 20)
-    parts = next(n for n in (8, 4, 2, 1) if n == 1 or (length % n == 0 and length / n >= enough))
+    parts = 4 if rows * columns <= 40_000 and length % 4 == 0 and length >= 2048 else 1
     a, b = (x.reshape(parts, length // parts, -1) for x in (a, b))
     return _library_product(a, b).sum(0)
 
