@@ -42,6 +42,8 @@ class Common:
     """Settings of adversarial training."""
     epic: EpicConfig = dataclasses.field(default_factory=EpicConfig)
     """Settings of EPIC."""
+    network: Literal["paper", "fast"] = "paper"
+    """The paper's network for these images, or `models.fast_cnn`, for CIFAR-10 alone."""
     width: int = 64
     """Channels of the ResNet's first stage."""
     blocks: tuple[int, ...] = (2, 2, 2, 2)

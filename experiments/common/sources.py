@@ -33,8 +33,16 @@ def load(config: Common, seed: int) -> Splits:
 
 
 def build_model(config: Common) -> models.Classifier:
-    """Returns the network of the paper for this data set, at the configured width."""
+    """Returns the network of the paper for this data set, at the configured width, or the fast one.
+
+    Raises:
+      ValueError: for the fast network on other images than CIFAR-10's.
+    """
     dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
+    if config.network == "fast":
+        if config.dataset != "cifar10":
+            raise ValueError(f"--network fast is for cifar10, not {config.dataset}")
+        return models.fast_cnn(dtype=dtype)
     if config.dataset == "mnist":
         return models.mnist_cnn(dtype=dtype)
     return models.resnet18(width=config.width, blocks=config.blocks, dtype=dtype)

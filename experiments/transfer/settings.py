@@ -21,6 +21,7 @@ NETWORKS = {
     "resnet50": models.resnet50,
     "mobilenet_v2": models.mobilenet_v2,
     "densenet121": models.densenet121,
+    "cifar10-48k": models.fast_cnn,
     "narrow": functools.partial(models.resnet18, width=16, blocks=(1, 1, 1)),
     "tiny": functools.partial(models.resnet18, width=8, blocks=(1, 1, 1)),
 }
@@ -73,7 +74,8 @@ class Config:
     test_examples: int | None = None
     """Judge accuracy on the first so many test images; default all."""
     networks: tuple[str, ...] = ("resnet18", "resnet50", "mobilenet_v2", "densenet121")
-    """Extractors; each is attacked as a white box. "narrow" and "tiny" are small ResNets."""
+    """Extractors; each is attacked as a white box. "narrow" and "tiny" are small ResNets;
+    "cifar10-48k" is not trained but loaded, `models.load_pretrained`."""
     attacks: tuple[str, ...] = ("fc", "bp", "gm")
     """Feature collision, convex polytope, bullseye polytope, gradient matching."""
     crafting: Crafting = dataclasses.field(default_factory=Crafting)

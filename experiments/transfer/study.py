@@ -18,7 +18,7 @@ import numpy as np
 from common import figures, tables
 from common.registry import TRANSFER
 
-from jaxpoison import attacks, evaluation, network, runs, training
+from jaxpoison import attacks, evaluation, models, network, runs, training
 from jaxpoison.attacks import PoisonedDataset, Victim
 from jaxpoison.data import Dataset, catalogue
 from jaxpoison.defenses import chain, characteristic_filter, hint, none
@@ -135,6 +135,44 @@ def prepare(work: Work, name: str) -> Bench:
     """Trains the extractor, or restores it, and a head on clean images."""
     config, sets = work.config, work.sets
     model, key = NETWORKS[name](), jax.random.key(config.seed)
+    variables = extractor(work, name, model, key)
+    train, targets, test = (
+        network.features(model, variables, part.images)
+        for part in (sets.train, sets.targets, sets.test)
+    )
+    fit = jax.jit(functools.partial(training.fit_head, num_classes=model.num_classes))
+    head = fit(jax.random.fold_in(key, 1), train, sets.train.labels)
+    right = answers(targets, head) == sets.targets.labels
+    allowed = right.copy()
+    if config.base_class is not None:
+        allowed &= sets.targets.labels != config.base_class
+    if config.target_class is not None:
+        allowed &= sets.targets.labels == config.target_class
+    if not allowed.any():
+        raise ValueError(
+            f"{name} gets none of the {len(allowed)} candidates right that may be targets: "
+            "train it for longer, or allow other classes"
+        )
+    bench = Bench(
+        name,
+        Victim(model, network.as_network(model).with_head(variables, head)),
+        float(np.mean(answers(test, head) == sets.test.labels)),
+        np.flatnonzero(right),
+        min(config.num_targets, int(allowed.sum())),
+    )
+    work.tell(
+        f"{name}: a clean head has a test accuracy of {100 * bench.clean_accuracy:.1f}% and "
+        f"gets {allowed.sum()} candidates right, {bench.num_trials} become targets",
+        finished=config.pretraining.epochs,
+    )
+    return bench
+
+
+def extractor(work: Work, name: str, model: models.Classifier, key: jax.Array) -> Any:
+    """Returns the variables of a trained network: loaded, or trained now or in an earlier run."""
+    if name in models.PRETRAINED:
+        return models.load_pretrained(name).variables
+    config, sets = work.config, work.sets
 
     def report(epoch, metrics):
         work.output.log(name, epoch, metrics)
@@ -157,36 +195,7 @@ def prepare(work: Work, name: str) -> Bench:
         )  # fmt: skip
     finally:
         checkpoints.close()
-    train, targets, test = (
-        network.features(model, state.variables, part.images)
-        for part in (sets.train, sets.targets, sets.test)
-    )
-    fit = jax.jit(functools.partial(training.fit_head, num_classes=model.num_classes))
-    head = fit(jax.random.fold_in(key, 1), train, sets.train.labels)
-    right = answers(targets, head) == sets.targets.labels
-    allowed = right.copy()
-    if config.base_class is not None:
-        allowed &= sets.targets.labels != config.base_class
-    if config.target_class is not None:
-        allowed &= sets.targets.labels == config.target_class
-    if not allowed.any():
-        raise ValueError(
-            f"{name} gets none of the {len(allowed)} candidates right that may be targets: "
-            "train it for longer, or allow other classes"
-        )
-    bench = Bench(
-        name,
-        Victim(model, network.as_network(model).with_head(state.variables, head)),
-        float(np.mean(answers(test, head) == sets.test.labels)),
-        np.flatnonzero(right),
-        min(config.num_targets, int(allowed.sum())),
-    )
-    work.tell(
-        f"{name}: a clean head has a test accuracy of {100 * bench.clean_accuracy:.1f}% and "
-        f"gets {allowed.sum()} candidates right, {bench.num_trials} become targets",
-        finished=config.pretraining.epochs,
-    )
-    return bench
+    return state.variables
 
 
 def answers(features, head) -> np.ndarray:

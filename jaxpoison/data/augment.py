@@ -21,11 +21,13 @@ def random_translate_flip(
     max_shift: float = 4.0,
     fill: ArrayLike,
     flip: bool = True,
+    whole_pixels: bool = False,
 ) -> jax.Array:
-    """Returns images, each moved by its own random real shift and flipped at random.
+    """Returns images, each moved by its own random shift and flipped at random.
 
-    Both shifts are uniform in [-max_shift, max_shift) pixels; a flip mirrors left and right with
-    probability 1/2. Differentiable in `images`.
+    Both shifts are uniform in [-max_shift, max_shift) pixels, or over the whole numbers in
+    [-max_shift, max_shift]; a flip mirrors left and right with probability 1/2. Differentiable in
+    `images`.
 
     Args:
         keys: typed PRNG keys [B], one for each example, for instance
@@ -35,6 +37,7 @@ def random_translate_flip(
         fill: value outside the image, scalar or [C]. To fill with zeros *after* normalization,
             as the HINT authors do, give the mean that the model subtracts.
         flip: whether to flip at all.
+        whole_pixels: whether shifts are whole numbers of pixels; others blur the image a little.
 
     Returns:
         float32 [B, H, W, C], in the range that `images` and `fill` span.
@@ -52,13 +55,17 @@ def random_translate_flip(
             f"keys have shape {keys.shape}; expected one typed key for each of the "
             f"{images.shape[0]} images (jax.random.split(jax.random.key(0), {images.shape[0]}))"
         )
-    shifts, flips = jax.vmap(lambda key: _draw(key, max_shift))(keys)
+    shifts, flips = jax.vmap(lambda key: _draw(key, max_shift, whole_pixels))(keys)
     return _translate_flip(images, shifts, flips & flip, fill)
 
 
-def _draw(key: jax.Array, max_shift: float) -> tuple[jax.Array, jax.Array]:
+def _draw(key, max_shift, whole_pixels) -> tuple[jax.Array, jax.Array]:
     """Returns the shift (dy, dx), float32 [2], and whether to flip, bool [], of one example."""
     shift_key, flip_key = jax.random.split(key)
+    if whole_pixels:
+        most = jnp.floor(jnp.asarray(max_shift)).astype(jnp.int32)
+        whole = jax.random.randint(shift_key, (2,), -most, most + 1, jnp.int32)
+        return whole.astype(jnp.float32), jax.random.bernoulli(flip_key, jnp.float32(0.5))
     shift = jax.random.uniform(shift_key, (2,), jnp.float32, minval=-max_shift, maxval=max_shift)
     # float32 throughout, so that enabling x64 does not change what is drawn.
     return shift, jax.random.bernoulli(flip_key, jnp.float32(0.5))

@@ -1,6 +1,12 @@
 """Image classifiers in Flax Linen: a body (pixels to features) and a head (last linear layer)."""
 
+from jaxpoison.models._fast_cnn import fast_cnn as fast_cnn
 from jaxpoison.models._mnist_cnn import mnist_cnn as mnist_cnn
+from jaxpoison.models._pretrained import PRETRAINED as PRETRAINED
+from jaxpoison.models._pretrained import Pretrained as Pretrained
+from jaxpoison.models._pretrained import load_pretrained as load_pretrained
+from jaxpoison.models._pretrained import read_variables as read_variables
+from jaxpoison.models._pretrained import write_variables as write_variables
 from jaxpoison.models.classifier import Classifier as Classifier
 from jaxpoison.models.densenet import densenet121 as densenet121
 from jaxpoison.models.mobilenet import mobilenet_v2 as mobilenet_v2

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import jax
 
+from jaxpoison.core import loops
+
 
 def use_compilation_cache() -> Path | None:
-    """Has JAX keep what it compiles, unless a cache is set already.
+    """Has JAX keep what it compiles, unless a cache is set already or this is a CPU.
+
+    On CPU, programs with the fastest convolutions (`models.convolution`) cannot be kept.
 
     What is kept is native code that later programs run unchecked, so the folder belongs to the user
     and nobody else may write to it: `jaxpoison/compiled` in `$XDG_CACHE_HOME` (default `~/.cache`),
@@ -18,7 +22,7 @@ def use_compilation_cache() -> Path | None:
     Returns:
       The folder, None where none is set by this call.
     """
-    if jax.config.values["jax_compilation_cache_dir"] is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None or loops.steps_from_host():
         return None
     folder = _private_folder()
     if folder is not None:

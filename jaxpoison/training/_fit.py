@@ -115,8 +115,8 @@ def fit(
         defense_state, dataset, metrics = _defended(
             defense, defense_state, epoch, state, train, mesh
         )
-        state = _at_epoch(state, epoch, defense, mesh)
         order = epoch_order(data_key, epoch, len(dataset.labels), recipe.batch_size)
+        state = _at_epoch(state, epoch, len(order), defense, mesh)
         (dataset, order), length = _fill_up(dataset, order, most_examples, mesh)
         most_examples = len(dataset.labels)
         state, steps = run_epoch((dataset, defense_state, data_key), state, order, length)
@@ -168,9 +168,9 @@ def _defended(defense, defense_state, epoch, state, train, mesh):
     return defense_state, dataset, metrics | {"defense_seconds": time.perf_counter() - start}
 
 
-def _at_epoch(state, epoch, defense, mesh):
+def _at_epoch(state, epoch, num_steps, defense, mesh):
     """Returns the state at the start of an epoch, for the loop to consume."""
-    opt_state = recipes.at_epoch(state.opt_state, epoch)
+    opt_state = recipes.at_epoch(state.opt_state, epoch, num_steps)
     state = devices.replicate(state._replace(opt_state=opt_state), mesh)
     # The loop donates its carry, and what a hook keeps of it must survive.
     return state if defense.on_epoch is keep_epoch else jax.tree.map(jnp.array, state)
@@ -246,6 +246,7 @@ def train_step(
             max_shift=recipe.max_shift,
             fill=jnp.asarray(network.mean),
             flip=recipe.flip,
+            whole_pixels=recipe.whole_pixels,
         )
 
     def step(constants, state, indices):
@@ -269,7 +270,9 @@ def train_step(
             else:
                 rngs = {"dropout": jax.random.fold_in(step_key, 2)}
                 logits, updates = network.train_logits(variables, batch.images, rngs=rngs)
-            losses, hits = losses_and_hits(logits, jnp.asarray(batch.labels))
+            losses, hits = losses_and_hits(
+                logits, jnp.asarray(batch.labels), recipe.label_smoothing
+            )
             return jnp.mean(losses), (jnp.mean(hits), updates["batch_stats"])
 
         is_trained = _is_trained(network, state.variables, unfrozen)
@@ -285,18 +288,24 @@ def train_step(
     return step
 
 
-def losses_and_hits(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def losses_and_hits(
+    logits: jax.Array, labels: jax.Array, smoothing: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
     """Returns the cross-entropy of each example, [B], and whether its likeliest class is hit.
 
     Args:
       logits: float32 [B, K].
       labels: int32 [B], or the shares of each class, float32 [B, K]: the largest is to be hit.
+      smoothing: share of each label that is spread evenly over all classes.
     """
+    classes = labels if labels.ndim == 1 else jnp.argmax(labels, axis=-1)
+    hits = jnp.argmax(logits, axis=-1) == classes
+    if smoothing:
+        shares = labels if labels.ndim == 2 else jax.nn.one_hot(labels, logits.shape[-1])
+        labels = optax.smooth_labels(shares, smoothing)
     if labels.ndim == 2:
-        losses = optax.softmax_cross_entropy(logits, labels)
-        return losses, jnp.argmax(logits, axis=-1) == jnp.argmax(labels, axis=-1)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses, jnp.argmax(logits, axis=-1) == labels
+        return optax.softmax_cross_entropy(logits, labels), hits
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels), hits
 
 
 def _transferred(network, state, transfer, optimizer):
