@@ -29,6 +29,7 @@ from problem import cross_entropy
 
 from jaxpoison import models
 from jaxpoison.core import loops
+from jaxpoison.models._fast_cnn import whitening_kernel
 
 NETWORKS = {
     "ResNet-18 of width 8, one block a stage, 3 stages": functools.partial(
@@ -37,6 +38,7 @@ NETWORKS = {
     "ResNet-18 of width 16": functools.partial(models.resnet18, width=16),
     "ResNet-18 of width 64": models.resnet18,
     "MNIST CNN": models.mnist_cnn,
+    "fast CNN": models.fast_cnn,
 }
 LEARNING_RATE = 0.01
 
@@ -163,6 +165,8 @@ class PyTorch:
             return []
         leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
         arrays = {".".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+        if network == "fast CNN":
+            arrays["patches"] = whitening_kernel()
         path = Path(self._folder.name) / "step.npz"
         np.savez(path, allow_pickle=False, images=images, labels=labels, **arrays)
         reply = self._worker.ask(

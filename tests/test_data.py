@@ -1114,7 +1114,7 @@ def test_translation_matches_bilinear_sampling_by_hand(images):
     keys = jax.random.split(jax.random.key(0), len(images))
     got = data.random_translate_flip(keys, images, max_shift=4.0, fill=FILL)
     assert got.dtype == jnp.float32 and got.shape == images.shape
-    shifts, flips = jax.vmap(lambda key: augment._draw(key, 4.0))(keys)
+    shifts, flips = jax.vmap(lambda key: augment._draw(key, 4.0, False))(keys)
     assert 0 < int(flips.sum()) < len(images), "the test wants both"
     for image, shift, flip, result in zip(images, shifts, flips, got, strict=True):
         want = translate_by_hand(image, np.asarray(shift, float), bool(flip), FILL)
@@ -1150,7 +1150,7 @@ def test_flip_mirrors_half_of_the_images():
 
 def test_shifts_are_uniform_real_numbers_in_both_directions():
     keys = jax.random.split(jax.random.key(2), 2000)
-    shifts, _ = jax.vmap(lambda key: augment._draw(key, 4.0))(keys)
+    shifts, _ = jax.vmap(lambda key: augment._draw(key, 4.0, False))(keys)
     shifts = np.asarray(shifts)
     assert (np.abs(shifts) <= 4).all()
     for axis in (0, 1):
@@ -1158,6 +1158,22 @@ def test_shifts_are_uniform_real_numbers_in_both_directions():
         assert (np.abs(counts - 250) < 75).all()  # 5 standard deviations
     assert len(np.unique(shifts)) > 3900
     assert abs(np.corrcoef(shifts.T)[0, 1]) < 0.12
+
+
+@pytest.mark.parametrize("most", [2.0, 2.9])
+def test_whole_shifts_are_uniform_and_move_pixels_exactly(images, most):
+    keys = jax.random.split(jax.random.key(2), 2000)
+    shifts, flips = jax.vmap(lambda key: augment._draw(key, most, True))(keys)
+    for axis in (0, 1):
+        values, counts = np.unique(shifts[:, axis], return_counts=True)
+        np.testing.assert_array_equal(values, [-2, -1, 0, 1, 2])
+        assert (np.abs(counts - 400) < 90).all()  # 5 standard deviations
+    assert abs(np.corrcoef(np.asarray(shifts).T)[0, 1]) < 0.12
+    assert abs(int(flips.sum()) - 1000) < 115
+    settings = dict(max_shift=most, fill=FILL, flip=False, whole_pixels=True)
+    moved = data.random_translate_flip(keys[:6], images, **settings)
+    by_hand = augment._translate_flip(images, shifts[:6], jnp.zeros(6, bool), FILL)
+    np.testing.assert_array_equal(moved, by_hand)
 
 
 def test_a_gray_image_of_the_fill_color_stays_as_it_is():

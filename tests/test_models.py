@@ -1,12 +1,14 @@
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpoison import models
-from jaxpoison.models import layers
+from jaxpoison import data, models
+from jaxpoison.models import _fast_cnn, layers
+from jaxpoison.models.resnet import CIFAR10_MEAN, CIFAR10_STD
 
 
 def tiny_resnet(**settings):
@@ -62,6 +64,66 @@ def test_logits_are_the_head_applied_to_the_features(model):
     logits = model.apply(variables, images)
     assert logits.shape == (3, model.num_classes)
     np.testing.assert_allclose(logits, features @ head["kernel"] + head["bias"], atol=1e-6)
+
+
+def test_max_pool_is_flax_s_and_so_is_its_gradient():
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
+    weights = jax.random.normal(jax.random.key(1), (2, 3, 3, 3))
+
+    def outputs(pool):
+        return pool(x), jax.grad(lambda x: jnp.sum(weights * pool(x)))(x)
+
+    ours, flax_s = outputs(layers.max_pool_2x2), outputs(lambda x: nn.max_pool(x, (2, 2), (2, 2)))
+    jax.tree.map(np.testing.assert_array_equal, ours, flax_s)
+
+
+def test_patches_of_the_fast_network_are_nearly_white():
+    images = data.load_embedded("cifar10").train.images[:1000] / np.float32(255)
+    normalized = (images - np.float32(CIFAR10_MEAN)) / np.float32(CIFAR10_STD)
+    patches = np.asarray(_fast_cnn.whiten(jnp.asarray(normalized)), np.float64)
+    assert patches.shape == (1000, 31, 31, 12)
+    # The second patch function of the first color axis by hand: left minus right, over its std.
+    brightness = normalized.sum(-1) / np.sqrt(3)
+    pairs = brightness[:, :, :-1] - brightness[:, :, 1:]
+    by_hand = (pairs[:, :-1] + pairs[:, 1:]) / 2 / 0.72
+    np.testing.assert_allclose(patches[..., 3], by_hand, atol=1e-4)
+    patches = patches.reshape(-1, 12)
+    assert (patches.std(0) < 1.05).all()
+    assert (np.abs(patches.std(0)[[0, 1, 2, 3, 6, 9]] - 1) < 0.05).all()  # no floor
+    assert np.abs(np.corrcoef(patches.T) - np.eye(12)).max() < 0.2
+
+
+def test_initial_kernels_of_the_fast_network_hand_on_their_inputs():
+    kernel = _fast_cnn._near_identity(jax.random.key(0), (3, 3, 4, 6))
+    x = jax.random.normal(jax.random.key(1), (1, 5, 5, 4))
+    noise = kernel.at[1, 1, jnp.arange(4), jnp.arange(4)].add(-1)
+    assert float(jnp.abs(noise).max()) <= 1 / 6
+    y, rest = (layers.convolve(x, k) for k in (kernel, noise))
+    np.testing.assert_allclose((y - rest)[..., :4], x[:, 1:-1, 1:-1], atol=1e-6)
+    np.testing.assert_allclose((y - rest)[..., 4:], 0, atol=1e-6)
+
+
+def test_weights_are_the_same_after_a_file_to_half_precision(tmp_path):
+    model = models.fast_cnn(widths=(4, 6))
+    variables = model.init(jax.random.key(0), pixels(1, 32, 32, 3))
+    path = tmp_path / "weights.npz"
+    models.write_variables(path, variables)
+    read = models.read_variables(path)
+    assert jax.tree.structure(read) == jax.tree.structure(variables)
+
+    def same(got, want):
+        assert got.dtype == jnp.float32
+        np.testing.assert_array_equal(
+            got, want.astype(jnp.float16 if want.ndim > 1 else jnp.float32)
+        )
+
+    jax.tree.map(same, read, variables)
+
+
+def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="a/kernel has values that float16 cannot hold"):
+        models.write_variables(tmp_path / "w.npz", {"a": {"kernel": np.full((2, 2), 1e6)}})
+    assert not list(tmp_path.iterdir())
 
 
 def test_bfloat16_body_keeps_parameters_and_logits_in_float32():

@@ -15,11 +15,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxpoison import cli, runs
+from jaxpoison.core import loops
 from jaxpoison.runs import _program, cache, pictures
 
 SETTINGS = {"run_dir": Path("anywhere"), "epsilon": 0.3, "schedule": (1, 2)}
@@ -239,6 +241,16 @@ def test_what_is_compiled_is_kept_where_only_its_user_may_write(tmp_path, monkey
     folder.symlink_to(tmp_path)  # somebody else's choice
     assert cache._private_folder() is None
     assert runs.use_compilation_cache() is None  # one is set already, for all tests
+    given = jax.config.values["jax_compilation_cache_dir"]
+    folder.unlink()
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setattr(loops, "steps_from_host", lambda: True)
+        assert runs.use_compilation_cache() is None  # on CPU
+        monkeypatch.setattr(loops, "steps_from_host", lambda: False)
+        assert runs.use_compilation_cache() == folder
+    finally:
+        jax.config.update("jax_compilation_cache_dir", given)
 
 
 def test_missing_extras_are_named():

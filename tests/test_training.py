@@ -13,7 +13,7 @@ from jaxpoison import models, network, solvers, training
 from jaxpoison.core import devices, loops
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import Defense
-from jaxpoison.training._fit import epoch_order, train_step
+from jaxpoison.training._fit import epoch_order, losses_and_hits, train_step
 from jaxpoison.training.hooks import Info, chain, none
 from jaxpoison.training.recipe import at_epoch, optimizer, steps_per_epoch
 
@@ -72,7 +72,7 @@ def test_optimizer_is_pytorchs_nesterov_sgd_with_milestones(momentum, decay):
     weights, velocity = params["w"].astype(np.float64), 0.0
     for step in range(8):
         gradient = rng.normal(size=(2, 3)).astype(np.float32)
-        state = at_epoch(state, step // 2)
+        state = at_epoch(state, step // 2, 2)
         updates, state = transform.update({"w": gradient}, state, params)
         params = optax.apply_updates(params, updates)
         full = gradient + decay * weights
@@ -84,9 +84,38 @@ def test_optimizer_is_pytorchs_nesterov_sgd_with_milestones(momentum, decay):
 
 def test_the_papers_recipes():
     assert dataclasses.astuple(training.CIFAR10) == (
-        80, 128, 0.1, 0.9, 5e-4, (30, 50, 70), 4.0, True,
+        80, 128, 0.1, 0.9, 5e-4, (30, 50, 70), 4.0, True, False, "steps", 0.0,
     )  # fmt: skip
-    assert dataclasses.astuple(training.MNIST) == (30, 128, 0.01, 0.0, 0.0, (), 0.0, False)
+    assert dataclasses.astuple(training.MNIST) == (
+        30, 128, 0.01, 0.0, 0.0, (), 0.0, False, False, "steps", 0.0,
+    )  # fmt: skip
+
+
+def test_one_cycle_rises_for_a_quarter_and_falls_to_nothing_whatever_an_epoch_holds():
+    recipe = training.Recipe(
+        epochs=4, learning_rate=0.8, momentum=0, weight_decay=0, milestones=(), schedule="one_cycle"
+    )
+    transform = optimizer(recipe)
+    state, rates, times = transform.init(1.0), [], []
+    for epoch, num_steps in enumerate([5, 2, 8, 4]):  # defenses drop and add examples
+        state = at_epoch(state, epoch, num_steps)
+        for step in range(num_steps):
+            update, state = transform.update(1.0, state)
+            rates.append(-float(update))
+            times.append((epoch + (step + 0.5) / num_steps) / 4)
+    np.testing.assert_allclose(rates, 0.8 * np.interp(times, [0, 0.25, 1], [0, 1, 0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_smoothed_labels_are_shared_out_evenly(shares):
+    logits = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    labels = np.array([2, 0, 1, 1])
+    wanted = 0.7 * np.eye(3)[labels] + 0.3 / 3
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    given = jnp.asarray(np.eye(3, dtype=np.float32)[labels] if shares else labels)
+    losses, hits = losses_and_hits(jnp.asarray(logits), given, 0.3)
+    np.testing.assert_allclose(losses, -(wanted * log_p).sum(1), rtol=1e-5)
+    np.testing.assert_array_equal(hits, logits.argmax(1) == labels)
 
 
 def test_order_of_an_epoch_has_no_repeats_and_drops_the_remainder():
@@ -316,12 +345,19 @@ def test_the_host_drives_steps_on_cpu_only(monkeypatch):
         ({"max_shift": float("inf")}, ValueError),
         ({"milestones": (-1,)}, ValueError),
         ({"milestones": (1.5,)}, ValueError),
+        ({"label_smoothing": 1.5}, ValueError),
+        ({"schedule": "cosine"}, ValueError),
     ],
 )
 def test_recipes_that_are_none(change, error):
     (name,) = change
     with pytest.raises(error, match=name):
         dataclasses.replace(QUICK, **change)
+
+
+def test_one_cycle_has_no_milestones():
+    with pytest.raises(ValueError, match="no milestones"):
+        training.Recipe(schedule="one_cycle", milestones=(3,))
 
 
 def test_recipes_take_lists_and_scalars_of_numpy_and_jax():

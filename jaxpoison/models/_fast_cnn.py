@@ -62,11 +62,11 @@ def whiten(x: jax.Array) -> jax.Array:
     [B,H,W,3] -> [B,H-1,W-1,12]. On CIFAR-10's images, normalized, all 12 have a standard deviation
     of at most 1, and correlations of at most 0.16 in size.
     """
-    return layers.convolve(x, jnp.asarray(_whitening_kernel(), x.dtype))
+    return layers.convolve(x, jnp.asarray(whitening_kernel(), x.dtype))
 
 
 @functools.cache
-def _whitening_kernel():
+def whitening_kernel():
     """Returns Haar's functions times color axes over their deviations, [2,2,3,12]."""
     haar = np.array([[1, 1], [1, -1]]) / np.sqrt(2)
     colors = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])

@@ -69,7 +69,7 @@ _LIBRARY_TESTED = ("0.10.2", "0.12.0.1")
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
     """Which convolution it is, apart from batch and channels; the same for all three maps."""
 
     image: tuple[int, int]
@@ -104,7 +104,7 @@ def conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs):
         image, kernel, strides = lhs.shape[1:3], rhs.shape[:2], tuple(window_strides)
         if isinstance(padding, str):
             padding = lax.padtype_to_pads(image, kernel, strides, padding)
-        window = _Window(image, kernel, strides, tuple(map(tuple, padding)))
+        window = Window(image, kernel, strides, tuple(map(tuple, padding)))
         if min(lhs.size, rhs.size, *window.output) > 0:
             lhs = spmd.device_local(lhs, rhs)
             return _value_p.bind(lhs, spmd.device_local(rhs, lhs), window=window)
@@ -129,7 +129,7 @@ def _image_gradient(g, k, window):
     narrow = k.shape[2] <= 3
     unit = window.strides == (1, 1)
     if _library_serves(g) and unit and not narrow and min(map(min, turned)) >= 0:
-        window = _Window(window.output, window.kernel, (1, 1), turned)
+        window = Window(window.output, window.kernel, (1, 1), turned)
         return _library_value(g, jnp.flip(k, (0, 1)).swapaxes(2, 3), window)
     form = _value_of_patches if _few_patches(window, k.shape[2]) else _xla_value
     return _transpose_to_image(form, g, k, window)

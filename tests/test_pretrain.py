@@ -1,0 +1,96 @@
+"""The networks inside the package, and the program that trains them."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pretrain
+import pytest
+
+from jaxpoison import data, models, network
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "jaxpoison" / "models" / "weights"
+FULL = ROOT.parent / "shared" / "data" / "tfds"
+TINY = ("--preset", "quick", "--recipe.epochs", "2", "--recipe.batch-size", "500")
+
+
+def run(run_dir, *flags):
+    return subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "experiments" / "pretrain.py")),
+            *("--run-dir", str(run_dir), *TINY, *flags),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        cwd=run_dir.parent,
+    )
+
+
+def test_training_leaves_weights_that_give_the_accuracy_of_the_table(tmp_path):
+    folder = tmp_path / "run"
+    done = run(folder)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((folder / "result.json").read_text())["rows"]
+    assert row["num_train"] == 2500 and len(row["test_accuracies"]) == 2
+    assert f"Right with kernels in float16, of 1,000: {row['test_correct']}." in done.stdout
+    path = folder / "weights" / "seed0.npz"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == row["sha256"]
+    test = data.load_embedded("cifar10").test
+    predicted = network.predict(models.fast_cnn(), models.read_variables(path), test.images)
+    assert abs(int(np.sum(predicted == test.labels)) - row["test_correct"]) <= 1
+
+    again = run(folder)  # all is there
+    assert again.returncode == 0 and "epoch 1/2" not in again.stdout
+    other = run(folder, "--recipe.learning-rate", "0.3")
+    assert other.returncode != 0 and "another configuration" in other.stderr
+
+
+def test_the_images_of_transfer_learning():
+    train, test, _ = pretrain.load(
+        dataclasses.replace(pretrain.CIFAR10, images="transfer", data_dir=str(FULL))
+    )
+    assert len(train.labels) == 48_000 and (np.bincount(train.labels) == 4800).all()
+    assert len(test.labels) == 10_000
+
+
+def stated():
+    """Returns (name, right of 10,000, bytes, sha256) of each row of the README there."""
+    row = r"\| `([\w-]+)\.npz` \| .* \| ([\d,]+) \| ([\d,]+) \| `(\w{64})` \|"
+    found = re.findall(row, (WEIGHTS / "README.md").read_text())
+    return [(name, *(int(n.replace(",", "")) for n in (right, size)), sha) for
+            name, right, size, sha in found]  # fmt: skip
+
+
+def test_what_is_shipped_is_what_is_stated():
+    assert [name for name, *_ in stated()] == list(models.PRETRAINED)
+    for name, _, size, sha256 in stated():
+        content = (WEIGHTS / f"{name}.npz").read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (size, sha256)
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 6e6
+
+
+@pytest.mark.parametrize("name", list(models.PRETRAINED))
+def test_weights_are_as_good_as_stated(name):
+    (right,) = [right for stated_name, right, *_ in stated() if stated_name == name]
+    model, variables = models.load_pretrained(name)
+    if FULL.exists():
+        test = data.load("cifar10", data_dir=FULL).test
+        assert np.sum(network.predict(model, variables, test.images) == test.labels) == right
+    else:  # a tenth of them
+        test = data.load_embedded("cifar10").test
+        share = np.mean(network.predict(model, variables, test.images) == test.labels)
+        assert abs(share - right / 1e4) < 0.03
+
+
+def test_networks_that_are_not_shipped():
+    with pytest.raises(ValueError, match="no pretrained network 'resnet18'; expected .'cifar10'"):
+        models.load_pretrained("resnet18")
