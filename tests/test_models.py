@@ -89,7 +89,7 @@ def test_patches_of_the_fast_network_are_nearly_white():
     np.testing.assert_allclose(patches[..., 3], by_hand, atol=1e-4)
     patches = patches.reshape(-1, 12)
     assert (patches.std(0) < 1.05).all()
-    assert (np.abs(patches.std(0)[[0, 1, 2, 3, 6, 9]] - 1) < 0.05).all()  # no floor
+    assert (np.abs(patches.std(0)[[0, 1, 2, 3, 6, 9]] - 1) < 0.12).all()  # no floor
     assert np.abs(np.corrcoef(patches.T) - np.eye(12)).max() < 0.2
 
 

@@ -92,5 +92,5 @@ def test_weights_are_as_good_as_stated(name):
 
 
 def test_networks_that_are_not_shipped():
-    with pytest.raises(ValueError, match="no pretrained network 'resnet18'; expected .'cifar10'"):
+    with pytest.raises(ValueError, match=r"no pretrained network 'resnet18'; expected \['cifar10'"):
         models.load_pretrained("resnet18")

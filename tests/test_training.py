@@ -96,11 +96,11 @@ def test_one_cycle_rises_for_a_quarter_and_falls_to_nothing_whatever_an_epoch_ho
         epochs=4, learning_rate=0.8, momentum=0, weight_decay=0, milestones=(), schedule="one_cycle"
     )
     transform = optimizer(recipe)
-    state, rates, times = transform.init(1.0), [], []
+    state, rates, times = transform.init(jnp.float32(1)), [], []
     for epoch, num_steps in enumerate([5, 2, 8, 4]):  # defenses drop and add examples
         state = at_epoch(state, epoch, num_steps)
         for step in range(num_steps):
-            update, state = transform.update(1.0, state)
+            update, state = transform.update(jnp.float32(1), state)
             rates.append(-float(update))
             times.append((epoch + (step + 0.5) / num_steps) / 4)
     np.testing.assert_allclose(rates, 0.8 * np.interp(times, [0, 0.25, 1], [0, 1, 0]), rtol=1e-6)

@@ -63,7 +63,8 @@ def write_variables(path: str | os.PathLike[str], variables: Mapping[str, Any]) 
     arrays = {}
     for names, leaf in traverse_util.flatten_dict(variables, sep="/").items():
         array = np.asarray(leaf)
-        arrays[names] = array.astype(np.float16 if array.ndim > 1 else np.float32)
+        with np.errstate(over="ignore"):  # infinite then, and refused
+            arrays[names] = array.astype(np.float16 if array.ndim > 1 else np.float32)
         if not np.isfinite(arrays[names]).all():
             raise ValueError(f"{names} has values that {arrays[names].dtype} cannot hold")
     with replacing(path) as file:
