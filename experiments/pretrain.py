@@ -93,7 +93,9 @@ def study(config: Config) -> None:
     """Trains what is missing, and prints the table."""
     config = runs.plain(config)
     train, test, source = load(config)
-    output = runs.Run(config.run_dir, dataclasses.asdict(config))
+    # Seeds only choose cells: a folder may be given more of them.
+    lasting = {name: value for name, value in dataclasses.asdict(config).items() if name != "seeds"}
+    output = runs.Run(config.run_dir, lasting)
     epochs = config.recipe.epochs
     with runs.Meter(epochs * len(config.seeds)) as meter:
         work = Work(config=config, output=output, meter=meter, train=train, test=test)

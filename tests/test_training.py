@@ -82,12 +82,23 @@ def test_optimizer_is_pytorchs_nesterov_sgd_with_milestones(momentum, decay):
         np.testing.assert_allclose(params["w"], weights, rtol=1e-5, atol=1e-6)
 
 
+def test_vectors_may_be_left_out_of_the_decay():
+    recipe = training.Recipe(learning_rate=1, momentum=0, weight_decay=0.1, decay_vectors=False)
+    params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}
+    transform = optimizer(recipe)
+    updates, _ = transform.update(
+        jax.tree.map(jnp.zeros_like, params), transform.init(params), params
+    )
+    np.testing.assert_allclose(updates["kernel"], -0.3, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
 def test_the_papers_recipes():
     assert dataclasses.astuple(training.CIFAR10) == (
-        80, 128, 0.1, 0.9, 5e-4, (30, 50, 70), 4.0, True, False, "steps", 0.0,
+        80, 128, 0.1, 0.9, 5e-4, (30, 50, 70), 4.0, True, False, "steps", True, 0.0,
     )  # fmt: skip
     assert dataclasses.astuple(training.MNIST) == (
-        30, 128, 0.01, 0.0, 0.0, (), 0.0, False, False, "steps", 0.0,
+        30, 128, 0.01, 0.0, 0.0, (), 0.0, False, False, "steps", True, 0.0,
     )  # fmt: skip
 
 
