@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from common import cli
+from common import cli, tables
 from transfer import settings as transfer
 
 from jaxpoison import data, models, network, runs, training
@@ -31,7 +31,6 @@ from jaxpoison.core import hosts
 from jaxpoison.data import Dataset
 from jaxpoison.training import FAST, Checkpoints, Recipe
 
-KIND = "pretraining"
 NETWORKS = {"fast_cnn": models.fast_cnn, "mnist_cnn": models.mnist_cnn}
 
 
@@ -104,7 +103,7 @@ def study(config: Config) -> None:
             work.done += epochs
     rows = output.rows()
     text = table(config, rows, [output.metrics(f"seed{row['seed']}") for row in rows], source)
-    output.write_result(rows, text, kind=KIND, source=source)
+    output.write_result(rows, text, kind=tables.PRETRAINING, source=source)
     runs.say("\n" + text)
 
 

@@ -30,7 +30,7 @@ def page(folder: Path, where: Path) -> str:
     for path, result in found:
         parts += [f"## {path.parent.name}", ""]
         parts += _notes(path.parent)
-        if tables.kind(result) == tables.TRANSFER:
+        if tables.kind(result) in (tables.TRANSFER, tables.PRETRAINING):
             report = path.with_name("table.md")
             parts += [summary(report.read_text()), f"[All numbers]({link(report)})", ""]
         parts += [table.markdown() for table in tables.tables_of(result)]
@@ -51,7 +51,7 @@ def latex(folder: Path) -> str:
 
 
 def summary(report: str) -> str:
-    """Returns a report of `transfer_filter.py`, less its longest table, one level deeper."""
+    """Returns what a program has written, less its longest table, one level deeper."""
     sections = [part for part in report.split("\n## ") if not part.startswith("All numbers")]
     return "\n### ".join(sections).strip() + "\n"
 
@@ -60,7 +60,8 @@ def results(folder: Path) -> Iterable[tuple[Path, dict[str, Any]]]:
     """Yields the results files of a folder that the page has something to show of."""
     for path in sorted(folder.glob("*/result.json")):
         result = runs.read_json(path)
-        if tables.tables_of(result) or tables.kind(result) == tables.TRANSFER:
+        own = tables.kind(result) in (tables.TRANSFER, tables.PRETRAINING)
+        if tables.tables_of(result) or own:
             yield path, result
 
 

@@ -218,7 +218,8 @@ def table_V(result: dict[str, Any]) -> Table:
     )
 
 
-TRANSFER = "transfer"  # the kind of `transfer_filter.py`, which writes its own tables
+# The kinds of `transfer_filter.py` and `pretrain.py`, which write their own tables.
+TRANSFER, PRETRAINING = "transfer", "pretraining"
 TABLES = {
     "untargeted": (table_II, controls, table_IV),
     "targeted": (table_III,),
