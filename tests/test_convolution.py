@@ -135,15 +135,13 @@ def assert_gradients_close(case, dtype, tolerance):
 
 
 @pytest.mark.parametrize("num_images", [1, 5, 8, 11])
-@pytest.mark.parametrize("at_once", [0, 10**9])
+@pytest.mark.parametrize("chunk", [4, 100])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradient_in_chunks_equals_xla_for_any_number_of_images(
-    library, monkeypatch, num_images, at_once, stride
+    library, monkeypatch, num_images, chunk, stride
 ):
-    monkeypatch.setattr(convolution, "_COPIED_AT_ONCE", at_once)
-    monkeypatch.setattr(convolution, "_COPIED_IN_CHUNK", 0)
-    positions = 4 * (4 // stride) ** 2  # of four images
-    monkeypatch.setattr(convolution, "_POSITIONS_IN_CHUNK", positions)
+    copied = 4 * 4 * 2 * 12 if stride == 1 else 2 * 2 * 9 * 4  # of an image, numbers
+    monkeypatch.setattr(convolution, "_COPIED_BY_SMALL", chunk * copied * 4)
     x, k = operands((num_images, 4, 4, 4), (3, 3, 4), jnp.float32)
 
     def gradient(convolve):

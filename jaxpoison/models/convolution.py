@@ -62,9 +62,10 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxpoison.core import loops, spmd
 
-# Bytes that a gradient to a kernel copies at once and, if it needs more, in each chunk: what stays
-# in the caches. A chunk of fewer positions would make its product too short to be fast.
-_COPIED_AT_ONCE, _COPIED_IN_CHUNK, _POSITIONS_IN_CHUNK = 13_000_000, 12_600_000, 2048
+# A product whose result has no more entries than this is bound by memory. It is made of chunks of
+# examples whose copies stay in the caches, others of as many as memory can hold; in bytes.
+_SMALL_PRODUCT, _LARGE_PRODUCT = 40_000, 1_000_000
+_COPIED_BY_SMALL, _COPIED_BY_OTHERS = 12_600_000, 128_000_000
 _LIBRARY_TESTED = ("0.10.2", "0.12.0.1")
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -139,14 +140,17 @@ def _kernel_gradient(x, g, window):
     (height, width), channels, features = window.kernel, x.shape[3], g.shape[3]
     if window.strides != (1, 1) or window.kernel == (1, 1) or channels <= 3:
         form, positions = _kernel_gradient_of_patches, math.prod(window.output)
-        copied = positions * height * width * channels
+        rows, columns = features, height * width * channels
+        copied = positions * columns
     else:
         form, positions = _kernel_gradient_of_rows, window.image[0] * window.output[1]
-        copied = positions * (width * channels + height * features)
-    copied *= x.dtype.itemsize
-    if copied * x.shape[0] <= _COPIED_AT_ONCE:
+        rows, columns = height * features, width * channels
+        copied = positions * (rows + columns)
+    small = rows * columns <= _SMALL_PRODUCT
+    most = _COPIED_BY_SMALL if small else _COPIED_BY_OTHERS
+    chunk = max(1, most // (copied * x.dtype.itemsize))
+    if chunk >= x.shape[0]:
         return form(x, g, window)
-    chunk = max(_COPIED_IN_CHUNK // copied, math.ceil(_POSITIONS_IN_CHUNK / positions))
     return _sum_over_chunks(lambda x, g: form(x, g, window), chunk, x, g)
 
 
@@ -246,11 +250,12 @@ def _pad(x, rows, columns):
 
 def _contract(a, b):
     """Returns a^T b of [K,M] and [K,N]."""
-    if not _library_serves(a):
+    (length, rows), columns = a.shape, b.shape[1]
+    if rows * columns >= _LARGE_PRODUCT or not _library_serves(a):
         return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
     # A product with a small result is faster as several, one core each.
-    (length, rows), columns = a.shape, b.shape[1]
-    parts = 4 if rows * columns <= 40_000 and length % 4 == 0 and length >= 2048 else 1
+    small = rows * columns <= _SMALL_PRODUCT
+    parts = 4 if small and length % 4 == 0 and length >= 2048 else 1
     a, b = (x.reshape(parts, length // parts, -1) for x in (a, b))
     return _library_product(a, b).sum(0)
 
