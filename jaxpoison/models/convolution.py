@@ -7,7 +7,7 @@ same three operations. How each is computed on CPU is chosen from its shape in `
 `_image_gradient` and `_kernel_gradient`. On accelerators, and in programs that XLA partitions over
 several devices, they are `jax.lax.conv_general_dilated` and its transposes.
 
-XLA's CPU backend alone is 2 to 10 times off the limit that its matrix product sets, and another 10
+XLA's CPU backend alone is up to 9 times off the limit that its matrix product sets, and another 10
 to 30 times inside a loop. What serves instead:
 
 - The *library*: oneDNN is linked into jaxlib for x86-64 Linux, and a custom call reaches its
@@ -21,28 +21,30 @@ to 30 times inside a loop. What serves instead:
   the product of the two, [h F, w C], is the gradient: w C + h F copies rather than h w C, and a
   product of more balanced shape.
 
-Processor time in milliseconds over two cores of a Xeon, for 128 images in float32, medians of 5
-interleaved samples; the limit is that of a product of large matrices. Of each map: XLA's own form
-outside of loops, patches with XLA's product, what is chosen here without the library, and with it.
-5x5 is without padding; the last number of the first column is the stride. The machine was shared
-with others, which processor time bears better than the clock, if not well: within a third.
+A product with a small result is bound by memory: it is made of chunks of examples whose copies stay
+in the caches. A large one is made at once.
+
+Milliseconds for 128 images in float32 on two cores of a Xeon, medians of 3 interleaved rounds
+(`benchmarks/convolution.py`); the limit is that of a product of large matrices. Of each map: XLA's
+own form, outside of loops; patches; what is chosen here without the library; and with it. 5x5 is
+without padding; the last number of the first column is the stride.
 
 | pixels, channels, kernel, stride | limit | value | to the image | to the kernel |
 |---|---|---|---|---|
-| 32x32, 8 to 8, 3x3, 1 | 0.6 | 3.6, 21, 4.7, 1.6 | 3.5, 13, 3.6, 1.5 | 6.7, 23, 5.9, 4.3 |
-| 32x32, 16 to 16, 3x3, 1 | 2.6 | 5.0, 45, 5.2, 2.7 | 5.0, 26, 6.0, 2.8 | 15, 47, 11, 9.0 |
-| 16x16, 16 to 16, 3x3, 1 | 0.6 | 1.4, 5.1, 1.7, 0.8 | 1.3, 2.9, 1.4, 0.7 | 2.7, 11, 3.7, 2.7 |
-| 16x16, 32 to 32, 3x3, 1 | 2.6 | 2.7, 22, 2.7, 2.2 | 2.6, 13, 3.0, 2.2 | 11, 25, 7.4, 5.5 |
-| 8x8, 64 to 64, 3x3, 1 | 2.5 | 2.6, 6.8, 2.5, 1.9 | 2.6, 4.2, 2.5, 1.9 | 7.2, 16, 6.0, 5.4 |
-| 4x4, 128 to 128, 3x3, 1 | 2.6 | 3.2, 4.4, 2.9, 1.9 | 2.8, 3.1, 3.0, 1.9 | 3.5, 6.1, 3.9, 3.4 |
-| 32x32, 64 to 64, 3x3, 1 | 42 | 54, 214, 76, 50 | 74, 163, 60, 40 | 384, 276, 110, 78 |
-| 32x32, 3 to 16, 3x3, 1 | 0.7 | 4.7, 7.0, 7.4, 1.4 | 8.0, 4.3, 3.2, 3.9 | 6.1, 8.0, 8.1, 7.2 |
-| 32x32, 16 to 32, 3x3, 2 | 1.4 | 2.6, 14, 14, 1.9 | 5.9, 4.1, 4.1, 4.0 | 9.5, 16, 16, 14 |
-| 16x16, 32 to 64, 3x3, 2 | 2.0 | 2.5, 5.3, 4.8, 1.9 | 3.9, 3.3, 3.1, 3.1 | 6.4, 6.1, 5.6, 4.3 |
-| 32x32, 64 to 128, 3x3, 2 | 20 | 32, 80, 86, 22 | 55, 52, 57, 55 | 138, 90, 90, 77 |
-| 32x32, 16 to 32, 1x1, 2 | 0.2 | 1.0, 0.8, 0.8, 1.0 | 1.6, 1.3, 1.1, 1.0 | 5.0, 1.1, 1.0, 0.9 |
-| 28x28, 1 to 40, 5x5, 1 | 0.7 | 1.8, 4.9, 4.3, 1.8 | 14, 3.0, 3.0, 3.0 | 11, 4.8, 4.5, 4.5 |
-| 12x12, 40 to 100, 5x5, 1 | 8.2 | 15, 33, 18, 8.7 | 26, 13, 27, 11 | 22, 31, 28, 26 |
+| 32x32, 8 to 8, 3x3, 1 | 0.9 | 6.1, 34, 6.5, 2.4 | 5.9, 15, 6.4, 2.6 | 14, 36, 6.6, 6.9 |
+| 32x32, 16 to 16, 3x3, 1 | 3.7 | 8.3, 71, 8.4, 4.8 | 8.3, 47, 8.3, 4.8 | 34, 71, 15, 15 |
+| 16x16, 32 to 32, 3x3, 1 | 3.7 | 6.8, 36, 7.0, 3.9 | 7.5, 15, 7.6, 3.6 | 28, 36, 12, 11 |
+| 8x8, 64 to 64, 3x3, 1 | 3.7 | 6.8, 12, 6.9, 4.0 | 6.7, 5.4, 7.0, 2.9 | 17, 15, 9.2, 6.3 |
+| 4x4, 128 to 128, 3x3, 1 | 3.7 | 4.2, 6.9, 4.6, 2.8 | 3.9, 4.4, 4.0, 2.7 | 5.7, 5.8, 5.0, 4.2 |
+| 32x32, 64 to 64, 3x3, 1 | 60 | 116, 285, 114, 41 | 129, 182, 128, 66 | 349, 293, 131, 149 |
+| 15x15, 128 to 128, 3x3, 1 | 52 | 50, 130, 60, 56 | 45, 122, 45, 44 | 184, 97, 103, 72 |
+| 7x7, 256 to 256, 3x3, 1 | 46 | 53, 86, 55, 40 | 55, 57, 61, 42 | 80, 58, 45, 45 |
+| 32x32, 3 to 16, 3x3, 1 | 0.7 | 7.4, 7.0, 7.1, 1.4 | 12, 3.0, 2.8, 3.0 | 9.2, 10, 9.2, 7.1 |
+| 32x32, 16 to 32, 3x3, 2 | 1.9 | 6.1, 8.6, 7.6, 2.6 | 9.4, 4.5, 4.9, 7.4 | 22, 8.2, 10, 7.7 |
+| 32x32, 64 to 128, 3x3, 2 | 30 | 111, 113, 111, 26 | 106, 71, 84, 80 | 138, 59, 122, 66 |
+| 32x32, 16 to 32, 1x1, 2 | 0.2 | 1.3, 1.0, 1.0, 0.7 | 1.8, 0.8, 0.7, 0.9 | 9.6, 1.0, 1.0, 0.9 |
+| 28x28, 1 to 40, 5x5, 1 | 0.9 | 5.4, 6.3, 6.2, 1.9 | 19, 3.6, 3.5, 3.6 | 20, 5.8, 5.5, 6.7 |
+| 12x12, 40 to 100, 5x5, 1 | 10 | 22, 26, 23, 11 | 27, 21, 29, 13 | 38, 23, 36, 24 |
 """
 
 import functools
