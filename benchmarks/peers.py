@@ -69,14 +69,16 @@ class Peers:
           items: as in `measure.Contender`.
           **settings: numbers that the task takes.
         """
-        found = []
-        for library in LIBRARIES if self._worker else ():
-            reply = self._worker.ask(do="prepare", task=task, library=library, settings=settings)
+        found, worker = [], self._worker
+        if worker is None:
+            return found
+        for library in LIBRARIES:
+            reply = worker.ask(do="prepare", task=task, library=library, settings=settings)
             if "absent" in reply:
                 print(f"{work}: {library} left out: {reply['absent']}", flush=True)
             for name in reply.get("names", ()):
                 path = self._folder / "answer.npy"
-                reply = self._worker.ask(do="answer", name=name, path=str(path))
+                reply = worker.ask(do="answer", name=name, path=str(path))
                 facts, got = reply["facts"], np.load(path)
                 fewer = reply["items"]  # than asked for, where a call would take too long
                 if want is not None and (fewer or got.size == np.size(want)):
@@ -84,7 +86,7 @@ class Peers:
                     facts["difference"] = measure.difference(got, same)
 
                 def sample(repeats, name=name):
-                    return self._worker.ask(do="sample", name=name, repeats=repeats)["seconds"]
+                    return worker.ask(do="sample", name=name, repeats=repeats)["seconds"]
 
                 found.append(
                     measure.Contender(

@@ -161,7 +161,8 @@ class PyTorch:
         self, work, network, variables, images, labels, loss, flops
     ) -> list[measure.Contender]:
         """Returns PyTorch's step, if it is there."""
-        if not self._worker:
+        worker = self._worker
+        if worker is None:
             return []
         leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
         arrays = {".".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
@@ -169,12 +170,12 @@ class PyTorch:
             arrays["patches"] = whitening_kernel()
         path = Path(self._folder.name) / "step.npz"
         np.savez(path, allow_pickle=False, images=images, labels=labels, **arrays)
-        reply = self._worker.ask(
+        reply = worker.ask(
             do="prepare", name=work, network=network, path=str(path), rate=LEARNING_RATE
         )
 
         def sample(repeats):
-            return self._worker.ask(do="sample", name=work, repeats=repeats)["seconds"]
+            return worker.ask(do="sample", name=work, repeats=repeats)["seconds"]
 
         facts = {"difference": abs(reply["loss"] / loss - 1)}
         return [measure.Contender(work, "PyTorch", sample, flops, items=len(labels), facts=facts)]

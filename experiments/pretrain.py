@@ -110,8 +110,9 @@ def study(config: Config) -> None:
 def load(config: Config) -> tuple[Dataset, Dataset, str]:
     """Returns the training set, the test set, and where the images are from."""
     if config.images == "transfer":
-        parts = dict(data=config.data, data_dir=config.data_dir)
-        sets = transfer.load(transfer.Config(run_dir=config.run_dir, **parts))
+        sets = transfer.load(
+            transfer.Config(run_dir=config.run_dir, data=config.data, data_dir=config.data_dir)
+        )
         return sets.pretraining, sets.test, sets.source
     if config.data == "embedded":
         splits = data.load_embedded(config.dataset)

@@ -51,12 +51,13 @@ import functools
 import json
 import math
 import platform
+from importlib import metadata
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend import core
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
@@ -75,13 +76,13 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 class Window(NamedTuple):
     """Which convolution it is, apart from batch and channels; the same for all three maps."""
 
-    image: tuple[int, int]
-    kernel: tuple[int, int]
-    strides: tuple[int, int]
-    padding: tuple[tuple[int, int], tuple[int, int]]
+    image: tuple[int, ...]
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, ...], ...]
 
     @property
-    def output(self) -> tuple[int, int]:
+    def output(self) -> tuple[int, ...]:
         return tuple(
             (size + sum(pads) - width) // stride + 1
             for size, width, stride, pads in zip(*self[:3], self.padding, strict=True)
@@ -92,8 +93,8 @@ def conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs):
     """Convolution of images [B,H,W,C] with a kernel [h,w,C,F]; arguments and value as JAX's.
 
     May be differentiated in any mode and to any order, and put under `jit`, `vmap`, `scan` and
-    `shard_map`. Dilated and grouped convolutions are left to JAX, as are
-    operands whose sharding is part of their type.
+    `shard_map`. Dilated and grouped convolutions are left to JAX, as are operands whose sharding
+    is part of their type.
     """
     plain = {*kwargs["lhs_dilation"], *kwargs["rhs_dilation"], kwargs["feature_group_count"]} == {1}
     fits = (
@@ -275,7 +276,7 @@ def _library_serves(x):
 def _library_is_there():
     """Returns whether this jaxlib reaches oneDNN by a custom call."""
     machine = platform.system(), platform.machine()
-    if jaxlib.__version__ not in _LIBRARY_TESTED or machine != ("Linux", "x86_64"):
+    if metadata.version("jaxlib") not in _LIBRARY_TESTED or machine != ("Linux", "x86_64"):
         return False
     like = jax.ShapeDtypeStruct((1, 2, 2), jnp.float32)
     try:
@@ -334,7 +335,7 @@ def _lower_library_call(ctx, *operands, name, config, shape):
 
 _library_p = core.Primitive("convolution_library")
 _library_p.def_abstract_eval(
-    lambda *operands, name, config, shape: jax.core.ShapedArray(shape, operands[0].dtype)
+    lambda *operands, name, config, shape: ShapedArray(shape, operands[0].dtype)
 )
 mlir.register_lowering(_library_p, _lower_library_call, platform="cpu")
 
@@ -377,7 +378,7 @@ def _primitive(name, shape, on_cpu, elsewhere, batched, axes):
     def lower_plainly(fn):
         def lower(ctx, a, b, *, window):
             # Without the marks of `shard_map`, which have been checked and act no more.
-            avals = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+            avals = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
             plain = mlir.lower_fun(functools.partial(fn, window=window), multiple_results=False)
             return plain(ctx.replace(avals_in=avals), a, b)
 
