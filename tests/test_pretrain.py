@@ -54,6 +54,7 @@ def test_training_leaves_weights_that_give_the_accuracy_of_the_table(tmp_path):
     assert other.returncode != 0 and "another configuration" in other.stderr
 
 
+@pytest.mark.skipif(not FULL.exists(), reason="needs the whole of CIFAR-10")
 def test_the_images_of_transfer_learning():
     train, test, _ = pretrain.load(
         dataclasses.replace(pretrain.CIFAR10, images="transfer", data_dir=str(FULL))
