@@ -1,0 +1,1 @@
+"""Audits of training sets: what is broken, mislabeled, poisoned or harmful, and how sure that is."""
