@@ -1,13 +1,17 @@
 """How a classifier is trained: the recipes of HINT (arXiv 2309.08549), two fast ones, and SGD."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxpoison.core.settings import check_range, settle
+
+
+Schedule = Literal["steps", "one_cycle", "linear"]
+Optimizer = Literal["sgd", "muon"]
 
 
 def check_milestones(milestones: tuple[int, ...]) -> None:
@@ -38,11 +42,11 @@ class Recipe:
     """Whether images are mirrored at random."""
     whole_pixels: bool = False
     """Whether translations are by whole pixels; others blur the image a little."""
-    schedule: Literal["steps", "one_cycle", "linear"] = "steps"
+    schedule: Schedule = "steps"
     """`steps` follows the milestones. The others move the learning rate at each step and have no
     milestones: `one_cycle` linearly up from 0 over the first quarter of training, then linearly
     down to 0; `linear` down to 0 from the start."""
-    optimizer: Literal["sgd", "muon"] = "sgd"
+    optimizer: Optimizer = "sgd"
     """`muon` orthogonalizes the momentum of each convolution kernel, by `optax.contrib`, and keeps
     the norm of the kernel at the square root of its output channels, as K. Jordan's airbench does
     (arXiv 2404.00498); all other parameters follow gradient descent at `other_rate`. The learning
@@ -68,9 +72,9 @@ class Recipe:
         check_range(self, "momentum", 0, 1)
         check_range(self, "label_smoothing", 0, 1)
         check_milestones(self.milestones)
-        for name, known in (("schedule", tuple(_RATES)), ("optimizer", ("sgd", "muon"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        for name, known in (("schedule", Schedule), ("optimizer", Optimizer)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"{name} must be one of {get_args(known)}, got {getattr(self, name)!r}")
         if self.schedule != "steps" and self.milestones:
             raise ValueError(f"{self.schedule} has no milestones; remove {self.milestones}")
 
