@@ -9,7 +9,6 @@ import optax
 
 from jaxpoison.core.settings import check_range, settle
 
-
 Schedule = Literal["steps", "one_cycle", "linear"]
 Optimizer = Literal["sgd", "muon"]
 
@@ -74,7 +73,9 @@ class Recipe:
         check_milestones(self.milestones)
         for name, known in (("schedule", Schedule), ("optimizer", Optimizer)):
             if getattr(self, name) not in get_args(known):
-                raise ValueError(f"{name} must be one of {get_args(known)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {get_args(known)}, got {getattr(self, name)!r}"
+                )
         if self.schedule != "steps" and self.milestones:
             raise ValueError(f"{self.schedule} has no milestones; remove {self.milestones}")
 
@@ -90,13 +91,17 @@ MNIST = Recipe(
     flip=False,
 )
 FAST = Recipe(
-    epochs=9,
-    learning_rate=0.15,
-    weight_decay=2e-3,
+    epochs=12,
+    batch_size=512,
+    learning_rate=0.12,
+    momentum=0.8,
+    weight_decay=1e-3,
     milestones=(),
     max_shift=2.0,
     whole_pixels=True,
-    schedule="one_cycle",
+    schedule="linear",
+    optimizer="muon",
+    other_rate=0.2,
     decay_vectors=False,
     label_smoothing=0.1,
 )
