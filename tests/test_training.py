@@ -303,6 +303,20 @@ def test_a_loss_that_is_not_finite_is_an_error():
         training.fit(linear_model(), recipe, random_set(27, 4), key=jax.random.key(0))
 
 
+def test_fit_with_two_clocks_is_the_optimizer_by_hand():
+    """Both clocks count, and the loop that consumes its carry takes them."""
+    recipe = dataclasses.replace(MUON, epochs=2, batch_size=8, max_shift=0.0, flip=False)
+    train, key = random_set(16), jax.random.key(3)
+    state = training.fit(conv_model(), recipe, train, key=key)
+    times = optax.tree.get_all_with_path(state.opt_state, "steps_taken")
+    assert len(times) == 2 and all(int(steps) == 2 for _, steps in times)
+    one = training.fit(conv_model(), dataclasses.replace(recipe, learning_rate=0), train, key=key)
+    kernels = [leaf for leaf in jax.tree.leaves(one.params) if leaf.ndim == 4]
+    for kernel in kernels:  # not turned, but at their norm
+        np.testing.assert_allclose(np.linalg.norm(kernel), np.sqrt(kernel.shape[-1]), rtol=1e-5)
+    assert kernels
+
+
 def test_sizes_that_do_not_fit_are_errors():
     fit = functools.partial(training.fit, linear_model(), key=jax.random.key(0))
     with pytest.raises(ValueError, match="12 examples does not divide by 8 devices"):

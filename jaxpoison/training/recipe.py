@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxpoison.core.settings import check_range, settle
@@ -181,8 +182,9 @@ def _from_norm(update, kernel):
 
 def at_epoch(opt_state: optax.OptState, epoch: int, num_steps: int) -> optax.OptState:
     """Returns the state of `optimizer` at the start of an epoch of `num_steps` steps."""
-    epoch, num_steps = jnp.int32(epoch), jnp.int32(num_steps)
-    return optax.tree.set(opt_state, epoch=epoch, steps_taken=jnp.int32(0), num_steps=num_steps)
+    # Of NumPy: each clock of several gets buffers of its own, which a loop may donate.
+    epoch, num_steps = np.int32(epoch), np.int32(num_steps)
+    return optax.tree.set(opt_state, epoch=epoch, steps_taken=np.int32(0), num_steps=num_steps)
 
 
 def _scale_by_clock(recipe, learning_rate):
