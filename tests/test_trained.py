@@ -24,7 +24,7 @@ def narrow():
 
 @pytest.fixture(scope="module")
 def training(images):
-    return trained.train(images.images, images.labels, 10, seed=3, epochs=3)
+    return trained.train(images.images, images.labels, 10, seed=3, epochs=3).training
 
 
 def test_shapes_and_types(training):
@@ -47,7 +47,7 @@ def test_margins_and_losses_are_those_of_the_logits(images, training, monkeypatc
     monkeypatch.setattr(
         trained, "_training", lambda net, *rest: kept.append((net, rest[0])) or original(net, *rest)
     )
-    again = trained.train(images.images, images.labels, 10, seed=3, epochs=1)
+    again = trained.train(images.images, images.labels, 10, seed=3, epochs=1).training
     (net, variables), rows = kept[0], np.arange(96)
     logits = np.asarray(net.logits(variables, images.images / np.float32(255)), np.float64)
     own = logits[rows, images.labels]
@@ -81,7 +81,7 @@ def test_a_killed_training_goes_on(images, training, tmp_path):
     def train(progress):
         return trained.train(
             images.images, images.labels, 10, seed=3, epochs=3, folder=tmp_path, progress=progress
-        )
+        ).training
 
     with pytest.raises(Killed):
         train(kill)

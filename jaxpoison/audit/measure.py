@@ -6,19 +6,23 @@ was killed goes on where it stood.
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from PIL import Image
 
+from jaxpoison.audit import witness
 from jaxpoison.audit.evidence import Evidence
 from jaxpoison.core.files import write_text
 from jaxpoison.data.readers.source import Problem, Source
 
 SIZE = 32
 """Height and width of the small images that are kept."""
+LARGE = witness.SIZE
+"""Height and width at which larger images are shown to the foreign witness."""
 BATCH = 256
 """Images read at a time."""
 
@@ -28,15 +32,34 @@ class Embedding(NamedTuple):
 
     Attributes:
       name: for the cache; another name is another witness.
-      size: height and width of the images that it takes.
-      dimension: length of the vectors.
-      embed: uint8 [B, size, size, 3] -> float32 [B, dimension].
+      embed: uint8 [B, S, S, 3] -> float32 [B, D].
+      apply: the same of float images in [0, 1], to be traced and differentiated.
     """
 
     name: str
-    size: int
-    dimension: int
     embed: Callable[[np.ndarray], np.ndarray]
+    apply: Callable[[jax.Array], jax.Array]
+
+
+def foreign() -> Embedding:
+    """Returns EfficientNet-Lite0, which the data under audit cannot have poisoned."""
+    variables = witness.lite0_variables()
+    return Embedding(
+        "efficientnet-lite0",
+        witness.embed,
+        lambda images: witness.lite0_features(variables, images),
+    )
+
+
+def side(source: Source) -> int:
+    """Returns S of the images that the embedding sees: 96, or 32 where the images are no larger."""
+    sizes = []
+    for row in np.linspace(0, len(source.ids) - 1, 9).astype(int):
+        try:
+            sizes.append(max(source.image(int(row)).shape[:2]))
+        except ValueError:
+            continue
+    return LARGE if sizes and np.median(sizes) > LARGE / 2 else SIZE
 
 
 def measure(
@@ -58,17 +81,19 @@ def measure(
       ValueError: if no image at all can be read; the message gives the first reasons.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    store = _Store(folder, len(source.ids), embedding.dimension)
+    size = side(source)
+    dimension = embedding.embed(np.zeros((0, size, size, 3), np.uint8)).shape[1]
+    store = _Store(folder, len(source.ids), dimension)
     done = int(np.count_nonzero(store.state))
     todo = np.flatnonzero(np.asarray(store.state) == _TODO)
-    for batch in source.batches(max(SIZE, embedding.size), BATCH, rows=todo):
+    for batch in source.batches(size, BATCH, rows=todo):
         rows = batch.rows
         small = shrink(batch.images, SIZE)
         store.arrays["images"][rows] = small
         store.arrays["digests"][rows] = batch.digests
         store.arrays["hashes"][rows] = perceptual_hashes(small)
         store.arrays["sizes"][rows] = batch.sizes
-        store.arrays["embedding"][rows] = embedding.embed(shrink(batch.images, embedding.size))
+        store.arrays["embedding"][rows] = embedding.embed(batch.images)
         store.finish(rows)
         done += len(rows)
         if progress is not None:
@@ -177,9 +202,3 @@ def _areas(number, size):
     left, right = np.arange(size), np.arange(size) + 1
     overlap = np.minimum(right, edges[1:, None]) - np.maximum(left, edges[:-1, None])
     return (np.maximum(overlap, 0) * number / size).astype(np.float32)
-
-
-def blocks(count: int, size: int) -> Iterator[slice]:
-    """Yields slices of at most `size` rows."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))

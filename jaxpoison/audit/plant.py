@@ -74,11 +74,11 @@ def plant(
       seed: of what is planted where.
 
     Returns:
-      The copy; without canaries if there are fewer than 20 images for each threat, or one class.
+      The copy; without canaries if there are fewer than 20 images, or one class.
     """
     random = np.random.default_rng([seed, 15])
     count = min(int(np.ceil(SHARE * len(evidence.labels))), MOST)
-    count = min(max(count, 12), len(evidence.labels) // (4 * len(THREATS)))
+    count = min(max(count, 40), len(evidence.labels) // (4 * len(THREATS)))
     if evidence.num_classes < 2 or count < 1 or len(np.unique(evidence.labels)) < 2:
         return Planted(evidence, np.empty(0, int), np.empty(0, "U9"))
     labels = np.array(evidence.labels)

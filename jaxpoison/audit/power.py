@@ -10,28 +10,12 @@ from jaxpoison.audit.evidence import Evidence
 from jaxpoison.audit.plant import THREATS, Planted, Threat
 from jaxpoison.audit.verdict import Check, NotRun, Scores
 
-RATE = 0.1
+RATE = 0.2
 """False discovery rate of the findings of one threat."""
 LEAST_POWER = 0.1
 """Recall at 1% false alarms below which a check has no say about a threat."""
 
 Found = Mapping[str, Scores | NotRun]
-
-
-class Calibration(NamedTuple):
-    """How the checks of one threat are read.
-
-    Attributes:
-      names: of the checks that have a say.
-      weights: float [J], their recall of canaries at 1% false alarms.
-      nulls: of each check.
-      combined: null of the combined score.
-    """
-
-    names: tuple[str, ...]
-    weights: np.ndarray
-    nulls: tuple[calibrate.Null, ...]
-    combined: calibrate.Null
 
 
 class Family(NamedTuple):
@@ -42,6 +26,7 @@ class Family(NamedTuple):
     Attributes:
       threat: what was planted.
       recalls: {check: recall of canaries at 1% false alarms}, of every check that ran.
+      each: {check: float64 [N], its own p-values}, of the checks that have a say.
       p: float64 [N], p-values; 1 where nothing has a say.
       q: float64 [N], of Benjamini and Hochberg.
       flagged: bool [N], q at most RATE.
@@ -53,6 +38,7 @@ class Family(NamedTuple):
 
     threat: Threat
     recalls: dict[str, float]
+    each: dict[str, np.ndarray]
     p: np.ndarray
     q: np.ndarray
     flagged: np.ndarray
@@ -101,17 +87,22 @@ def _family(threat, checks, found, in_copy, planted):
         name: calibrate.recall(scores[others], scores[canaries])
         for name, scores in zip(of_threat, copy, strict=True)
     }
-    p, q, share = np.ones(data.shape[1]), np.ones(data.shape[1]), 0.0
-    calibration = fit(of_threat, data, copy[:, canaries], recalls)
-    if calibration is not None:
-        p = read(calibration, of_threat, data)
-        q, share = calibrate.benjamini_hochberg(p), calibration.combined.share
+    each, share = {}, 0.0
+    p = q = np.ones(data.shape[1])
+    say = _with_a_say(recalls)
+    if len(canaries) >= calibrate.LEAST and say:
+        model = calibrate.fit(data[say], copy[np.ix_(say, canaries)])
+        p, share = calibrate.p_values(model, data[say]), model.share
+        q = calibrate.benjamini_hochberg(p)
+        each = {of_threat[j]: _own(data[j], copy[j, canaries]) for j in say}
     num_found, others_flagged = _power(of_threat, copy, canaries, others)
     by_rule = _by_rule(threat, checks, in_copy)
     if by_rule is not None:
         num_found = int(np.count_nonzero(by_rule[canaries]))
         others_flagged = 1000 * float(np.mean(by_rule[others]))
-    return Family(threat, recalls, p, q, q <= RATE, len(canaries), num_found, others_flagged, share)
+    return Family(
+        threat, recalls, each, p, q, q <= RATE, len(canaries), num_found, others_flagged, share
+    )
 
 
 def _matrix(names, found):
@@ -136,39 +127,15 @@ def _by_rule(threat, checks, found):
     return np.any(flags, axis=0) if flags else None
 
 
-def fit(
-    names: Sequence[str], scores: np.ndarray, canaries: np.ndarray, recalls: Mapping[str, float]
-) -> Calibration | None:
-    """Returns how to read checks, or None if none of them finds the canaries.
-
-    Args:
-      names: of the J checks.
-      scores: float [J, N], of the images to be judged.
-      canaries: float [J, C].
-      recalls: of canaries at 1% false alarms, by name.
-    """
-    chosen = [j for j, name in enumerate(names) if recalls[name] >= LEAST_POWER]
-    if not chosen:
-        return None
-    nulls = tuple(calibrate.fit_null(scores[j], canaries[j]) for j in chosen)
-    weights = np.array([recalls[names[j]] for j in chosen])
-
-    def combined(x):
-        p = [calibrate.p_values(null, x[j]) for null, j in zip(nulls, chosen, strict=True)]
-        return calibrate.combine(np.array(p), weights)
-
-    both = calibrate.fit_null(combined(scores), combined(canaries))
-    return Calibration(tuple(names[j] for j in chosen), weights, nulls, both)
+def _with_a_say(recalls):
+    """Returns the places of checks that find enough of the canaries."""
+    return [j for j, recall in enumerate(recalls.values()) if recall >= LEAST_POWER]
 
 
-def read(calibration: Calibration, names: Sequence[str], scores: np.ndarray) -> np.ndarray:
-    """Returns p-values [N] of scores [J, N] of the checks `names`; 1 where none can judge."""
-    p = [
-        calibrate.p_values(null, scores[names.index(name)])
-        for name, null in zip(calibration.names, calibration.nulls, strict=True)
-    ]
-    score = calibrate.combine(np.array(p), calibration.weights)
-    return np.nan_to_num(calibrate.p_values(calibration.combined, score), nan=1.0)
+def _own(scores, canaries):
+    """Returns the p-values of one check alone; 1 where it cannot judge."""
+    p = calibrate.p_values(calibrate.fit(scores[None], canaries[None]), scores[None])
+    return np.where(np.isnan(scores), 1.0, p)
 
 
 def _power(names, copy, canaries, others):
@@ -180,12 +147,13 @@ def _power(names, copy, canaries, others):
             name: calibrate.recall(scores[others], scores[fitted])
             for name, scores in zip(names, copy, strict=True)
         }
-        calibration = fit(names, copy[:, others], copy[:, fitted], recalls)
-        if calibration is None:
+        say = _with_a_say(recalls)
+        if len(fitted) < calibrate.LEAST or not say:
             flagged.append(0.0)
             continue
+        model = calibrate.fit(copy[np.ix_(say, others)], copy[np.ix_(say, fitted)])
         rows = np.concatenate([judged, others])
-        q = calibrate.benjamini_hochberg(read(calibration, names, copy[:, rows]))
+        q = calibrate.benjamini_hochberg(calibrate.p_values(model, copy[np.ix_(say, rows)]))
         found += int(np.count_nonzero(q[: len(judged)] <= RATE))
         flagged.append(1000 * float(np.mean(q[len(judged) :] <= RATE)))
     return found, float(np.mean(flagged))

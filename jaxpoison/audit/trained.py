@@ -47,6 +47,18 @@ FEWEST_STEPS = 600
 MOST_EPOCHS = 100
 
 
+class Trained(NamedTuple):
+    """A small network, trained here.
+
+    Attributes:
+      training: what it said of each image on the way.
+      variables: its weights after the last epoch, for `small_network`.
+    """
+
+    training: Training
+    variables: Any
+
+
 class _Watched(NamedTuple):
     """What is kept of all epochs so far; see `evidence.Training`."""
 
@@ -86,8 +98,8 @@ def train(
     epochs: int | None = None,
     folder: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Training:
-    """Trains a small network on the data and returns what it said of each image on the way.
+) -> Trained:
+    """Trains a small network on the data; returns it and what it said of each image on the way.
 
     Args:
       images: uint8 [N, S, S, 3] in 0..255, S at least 16; meant for S = 32.
@@ -120,7 +132,8 @@ def train(
     finally:
         if checkpoints is not None:
             checkpoints.close()
-    return _training(network, state.variables, dataset.images, watched)
+    training = _training(network, state.variables, dataset.images, watched)
+    return Trained(training, state.variables)
 
 
 def of_network(model: Any, variables: Any, images: np.ndarray, labels: np.ndarray) -> Training:

@@ -155,7 +155,9 @@ class Source:
         """What could not be read so far: at opening, and in passes."""
         return tuple(self._problems)
 
-    def batches(self, size: int, batch_size: int) -> Iterator[Batch]:
+    def batches(
+        self, size: int, batch_size: int, *, rows: np.ndarray | None = None
+    ) -> Iterator[Batch]:
         """One pass over all images that can be read, in order.
 
         Each image is decoded once, by a few threads; memory is that of some batches. An image that
@@ -164,15 +166,20 @@ class Source:
         Args:
             size: S, the side of the images; they are resized with antialiasing, aspect not kept.
             batch_size: images in each batch; the last has what is left.
+            rows: int, those to read, in any order; None for all.
 
         Raises:
             ValueError: unless both are positive.
         """
         check_count(size=size, batch_size=batch_size)
-        return self._batches(size, batch_size)
+        wanted = self.readable.copy()
+        if rows is not None:
+            wanted[:] = False
+            wanted[rows] = self.readable[rows]
+        return self._batches(size, batch_size, wanted)
 
-    def _batches(self, size: int, batch_size: int) -> Iterator[Batch]:
-        decoded = self._decoded(size)
+    def _batches(self, size: int, batch_size: int, wanted: np.ndarray) -> Iterator[Batch]:
+        decoded = self._decoded(size, wanted)
         while block := list(itertools.islice(decoded, batch_size)):
             rows = np.array([row for row, _ in block])
             batch = Batch(
@@ -186,7 +193,7 @@ class Source:
             self.sizes[rows] = batch.sizes
             yield batch
 
-    def _decoded(self, size: int) -> Iterator[tuple[int, "decode.Decoded"]]:
+    def _decoded(self, size: int, wanted: np.ndarray) -> Iterator[tuple[int, "decode.Decoded"]]:
         """Yields (row, image) in order; images that cannot be read become problems."""
         from jaxpoison.data.readers import decode  # Pillow, which importing this room leaves alone
 
@@ -197,7 +204,7 @@ class Source:
         waiting: collections.deque[tuple[list, Future]] = collections.deque()
         with ThreadPoolExecutor(num_threads, "decode") as pool:
             try:
-                chunks = self._chunks()
+                chunks = self._chunks(wanted)
                 while True:
                     for chunk in itertools.islice(chunks, 2 * num_threads - len(waiting)):
                         waiting.append((chunk, pool.submit(work, chunk)))
@@ -214,10 +221,10 @@ class Source:
                 for _, future in waiting:
                     future.cancel()
 
-    def _chunks(self) -> Iterator[list[tuple[int, Content]]]:
+    def _chunks(self, wanted: np.ndarray) -> Iterator[list[tuple[int, Content]]]:
         chunk, num_bytes = [], 0
         for row, content in enumerate(self._images.contents()):
-            if not self.readable[row]:
+            if not wanted[row]:
                 continue
             chunk.append((row, content))
             num_bytes += len(content) if isinstance(content, bytes) else 0
