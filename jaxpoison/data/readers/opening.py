@@ -37,7 +37,8 @@ def open_source(
     Raises:
         FileNotFoundError: if there is nothing.
         PermissionError: if it may not be read.
-        ValueError: for what is none of these, is damaged as a whole, has no readable image, or where `split` is needed; the message says what was found.
+        ValueError: for what is none of these, is damaged as a whole, has no readable image,
+            or where `split` is needed; the message says what was found.
     """
     check_count(max_pixels=max_pixels)
     place = Path(path).expanduser()
