@@ -33,11 +33,36 @@ def test_an_image_has_one_embedding_whatever_its_batch(embedded):
     assert witness.embed(images[:0]).shape == (0, embedded.shape[1])
 
 
-def test_the_traceable_form_is_the_same_and_has_a_gradient(embedded):
+def test_the_traceable_form_is_the_same_and_leads_to_a_collision(embedded):
     images = jnp.asarray(images_of(2), jnp.float32) / 255
     variables = witness.lite0_variables()
     found = jax.jit(witness.lite0_features)(variables, images)
     np.testing.assert_allclose(found, embedded[:2], atol=1e-5)
+
+    @jax.jit
+    @jax.value_and_grad
+    def near(image):
+        return jnp.sum(witness.lite0_features(variables, image[None])[0] * embedded[0])
+
+    flat = jnp.full((24, 24, 3), 0.5)
+    value, gradient = near(flat)
+    assert gradient.shape == flat.shape and np.isfinite(gradient).all()
+    step = 0.02 * gradient / jnp.linalg.norm(gradient)
+    assert near(flat + step)[0] > value
+
+
+def test_whitening_is_an_affine_map_to_unit_covariance():
+    rng = np.random.default_rng(0)
+    rows = (rng.normal(size=(9000, 4)) @ rng.normal(size=(4, 4)) + 3).astype(np.float32)
+    white = witness.whitening(rows, shrinkage=0)
+    np.testing.assert_allclose(np.cov(((rows - white.mean) @ white.matrix).T), np.eye(4), atol=1e-3)
+    found = white(rows[:5])
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    same = np.ones((7, 3), np.float32)  # a set without any variance
+    assert np.isfinite(witness.whitening(same)(same)).all()
+    with pytest.raises(ValueError, match="no rows"):
+        witness.whitening(rows[:0])
 
 
 def test_another_network_takes_its_place():

@@ -7,7 +7,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from jaxpoison.network import Network, shared
 
 SIZE = 96
 """Side in pixels of the images that EfficientNet-Lite0 sees; others are resized."""
+MEANS, DEVIATIONS = (3, 4, 5, 6), (3, 4, 5)
+"""Stages of the network of which means, and standard deviations, over the map are taken."""
 Embed = Callable[[np.ndarray], np.ndarray]
 """Images, uint8 [B, S, S, 3], to rows of unit length, float32 [B, D]."""
 
@@ -55,8 +57,58 @@ def lite0_features(variables: Any, images: jax.Array) -> jax.Array:
       float32 [B, D], rows of unit length.
     """
     resized = jax.image.resize(images, (images.shape[0], SIZE, SIZE, 3), "bilinear")
-    model = models.efficientnet_lite0()
-    return _of_unit_length(model.apply(variables, resized, method="features"))
+    _, state = models.efficientnet_lite0().apply(
+        variables, resized, method="features", mutable=["intermediates"]
+    )
+    sown = state["intermediates"]["body"]
+    maps = [sown[f"stage{stage}"][0] for stage in range(len(sown))]
+    parts = [maps[stage].mean(axis=(1, 2)) for stage in MEANS]
+    parts += [_deviation(maps[stage]) for stage in DEVIATIONS]
+    return jnp.concatenate([_of_unit_length(x) for x in parts], axis=1) / math.sqrt(len(parts))
+
+
+class Whitening(NamedTuple):
+    """An affine map of embeddings, made by `whitening`.
+
+    Attributes:
+      mean: float32 [D].
+      matrix: float32 [D, D].
+    """
+
+    mean: np.ndarray
+    matrix: np.ndarray
+
+    def __call__(self, embedding: np.ndarray) -> np.ndarray:
+        """Returns embeddings [B, D] in the new coordinates, float32, rows of unit length."""
+        return _of_unit_length_on_host((embedding - self.mean) @ self.matrix)
+
+
+def whitening(embedding: np.ndarray, *, shrinkage: float = 1.0) -> Whitening:
+    """Returns the map under which a set's embeddings are nearly white around zero.
+
+    Near neighbors agree far more often after it (table above). It knows no labels, and follows the
+    second moments of the whole set, which few images hardly move. Embed canaries and trusted images
+    with the map of the set under audit.
+
+    Args:
+      embedding: float32 [N, D]; may be memory-mapped, and is read in blocks.
+      shrinkage: variance that is added to every direction, in units of the mean variance.
+
+    Raises:
+      ValueError: if there is no row.
+    """
+    if len(embedding) == 0:
+        raise ValueError("the embedding has no rows; whitening needs a set of images")
+    blocks = [slice(start, start + 8192) for start in range(0, len(embedding), 8192)]
+    total = sum(embedding[block].sum(axis=0, dtype=np.float64) for block in blocks)
+    mean = (total / len(embedding)).astype(np.float32)
+    covariance = np.zeros((embedding.shape[1],) * 2)
+    for block in blocks:
+        centered = embedding[block] - mean
+        covariance += (centered.T @ centered) / len(embedding)
+    values, vectors = np.linalg.eigh(covariance)
+    scale = np.maximum(values, 0) + max(shrinkage * values.mean(), 1e-12)
+    return Whitening(mean, (vectors / np.sqrt(scale)).astype(np.float32))
 
 
 def of_network(network: Network, variables: Any = None) -> Embed:
@@ -89,7 +141,16 @@ def _compiled_network(network):
 
 def _of_unit_length(features):
     features = features.astype(jnp.float32)
-    return features / jnp.maximum(jnp.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    return features * jax.lax.rsqrt(jnp.maximum((features**2).sum(1, keepdims=True), 1e-24))
+
+
+def _of_unit_length_on_host(rows):
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def _deviation(maps):
+    # With a small constant under the root, whose gradient is infinite at 0.
+    return jnp.sqrt(maps.var(axis=(1, 2)) + 1e-6)
 
 
 def _in_batches(fn, variables, images):

@@ -47,7 +47,10 @@ class Layer(nn.Module):
 
 
 class EfficientNetBody(nn.Module):
-    """Stem, inverted residuals, 1x1 convolution, and a global average."""
+    """Stem, inverted residuals, 1x1 convolution, and a global average.
+
+    What each stage puts out is sown in the collection `intermediates` as `stage0` to `stage6`.
+    """
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -63,6 +66,7 @@ class EfficientNetBody(nn.Module):
                     y = Layer(wide, name=f"{name}_expand")(y)
                 y = Layer(wide, size, stride, depthwise=True, name=f"{name}_depthwise")(y)
                 x = Layer(width, relu6=False, name=f"{name}_project")(y, x if block else None)
+            self.sow("intermediates", f"stage{stage}", x)
         return Layer(1280, name="last")(x).mean(axis=(1, 2))
 
 
