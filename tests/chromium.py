@@ -85,17 +85,6 @@ class Chromium:
                 return answer["result"]
             self.events.append(answer)
 
-    def wait(self, method, check=lambda parameters: True):
-        """Returns the parameters of the first event of this kind, old or new; the rest stay."""
-        end = time.monotonic() + self._timeout
-        seen = 0
-        while True:
-            for event in self.events[seen:]:
-                if event["method"] == method and check(event["params"]):
-                    return event["params"]
-            seen = len(self.events)
-            self.events.append(self._receive(end - time.monotonic()))
-
     def _receive(self, timeout):
         end = time.monotonic() + timeout
         while b"\0" not in self._buffer:
@@ -140,9 +129,10 @@ class Page:
     def load(self, url):
         """Shows another address."""
         before = self._loads()
-        self.send("Page.navigate", url=url)
-        while self._loads() == before:
-            self.evaluate("new Promise((done) => setTimeout(done, 5))")
+        within = "loaderId" not in self.send("Page.navigate", url=url)  # only the fragment differs
+        while not within and self._loads() == before:
+            time.sleep(0.01)
+            self.evaluate("0")
 
     def _loads(self):
         return len(self._events("Page.loadEventFired"))
@@ -163,6 +153,14 @@ class Page:
         if "exceptionDetails" in result:
             raise RuntimeError(f"{expression}: {result['exceptionDetails']}")
         return result["result"].get("value")
+
+    def until(self, expression):
+        """Waits until a JavaScript expression is true; TimeoutError if it stays false."""
+        end = time.monotonic() + 60
+        while not self.evaluate(expression):
+            if time.monotonic() > end:
+                raise TimeoutError(f"never true: {expression}")
+            time.sleep(0.02)
 
     def press(self, *keys):
         """Presses keys: letters, or names such as ArrowDown."""

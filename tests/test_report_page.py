@@ -75,9 +75,8 @@ def browser(tmp_path_factory):
 @pytest.fixture
 def page(browser, path):
     page = browser.open(path)
-    page.evaluate("localStorage.clear()")
-    page.load(page.url)
     yield page
+    page.evaluate("localStorage.clear()")
     assert page.errors == [] and page.requests == []
     page.close()
 
@@ -135,10 +134,9 @@ def test_it_filters(page, report):
     assert ids(page) == [audited.HOSTILE[0]]
     assert page.evaluate("document.getElementById('status').textContent") == "1 of 60 findings"
     page.evaluate("document.querySelector('button[type=reset]').click()")
-    page.evaluate("new Promise((done) => setTimeout(done, 20))")
-    assert len(ids(page)) == 50
+    page.until(f"{SHOWN}.length === 50")
     page.evaluate("document.querySelector('[data-show-kind=copy]').click()")
-    page.evaluate("new Promise((done) => setTimeout(done, 20))")
+    page.until(f"{SHOWN}.length < 50")
     assert ids(page) == [finding.id for finding in report.findings if finding.kind == "copy"]
 
 
@@ -162,7 +160,7 @@ def test_a_review_by_keyboard_is_saved_and_read(browser, page, report, tmp_path)
         "confirmed", "overruled", "confirmed", None, "fine"
     ]  # fmt: skip
     # The browser keeps them.
-    page.load(page.url + "#finding-4")
+    page.load(page.url)
     state = "document.querySelector('#finding-4').dataset.decision"
     assert page.evaluate(state) == "fine"
     page.choose("decided", "done")
@@ -187,8 +185,7 @@ def test_keys_in_fields_and_with_control_do_nothing(page):
 def test_a_link_shows_a_finding_that_is_filtered_away(page):
     page.choose("kind", "copy")
     page.evaluate("location.hash = 'finding-55'")
-    page.evaluate("new Promise((done) => setTimeout(done, 50))")
-    assert page.evaluate("document.activeElement.id") == "finding-55"
+    page.until("document.activeElement.id === 'finding-55'")
     assert not page.evaluate("document.activeElement.hidden")
 
 
