@@ -67,7 +67,7 @@ def write(
     with files.replacing(folder / "kept.txt") as file:
         for id_ in ids:
             if id_ not in dropped:
-                file.write(f"{_one_line(id_)}\n".encode())
+                file.write(f"{one_line(id_)}\n".encode())
     files.write_text(folder / "report.html", html)
     files.write_text(folder / "findings.csv", _csv(report))
     _write_parquet(report, folder / "findings.parquet")
@@ -185,8 +185,8 @@ def _write_parquet(report: Report, path: Path) -> None:
         parquet.write_table(arrow.table(columns, schema=schema), file)
 
 
-def _one_line(text: str) -> str:
-    """Returns text without line breaks, which are escaped as in Python."""
+def one_line(text: str) -> str:
+    """Returns text with its line breaks escaped, as in Python."""
     breaks = [character for character in set(text) if len(f"x{character}x".splitlines()) > 1]
     for character in breaks:
         text = text.replace(character, ascii(character)[1:-1])

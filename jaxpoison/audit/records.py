@@ -363,9 +363,11 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        """{kind: images}: open findings, and under `file` those that could not be read."""
+        """{kind: number} of open findings, unreadable files and flagged conclusions on the set."""
         found = collections.Counter(finding.kind for finding in self.findings if finding.open)
         found["file"] += len(self.problems)
+        kinds = {check.name: check.kind for check in self.checks}
+        found.update(kinds[whole.check] for whole in self.wholes if whole.flagged)
         return {kind: found[kind] for kind in KINDS}
 
 

@@ -167,8 +167,6 @@
     link.addEventListener("click", () => {
       form.reset();
       form.elements.kind.value = link.dataset.showKind;
-      // "File" also counts unreadable files, which have a section of their own.
-      if (form.elements.kind.value !== link.dataset.showKind) form.elements.kind.value = "";
       filter();
     });
   window.addEventListener("hashchange", follow);

@@ -154,23 +154,22 @@ def _percent(share: float) -> str:
 
 def _headline(report: Report) -> str:
     """Returns the verdict in one sentence."""
-    found, total = sum(report.counts.values()), report.data.num_images + report.data.num_unreadable
-    images = f"{found:,} of {total:,} images" if found != 1 else f"1 of {total:,} images"
+    total = report.data.num_images + report.data.num_unreadable
+    found = sum(finding.open for finding in report.findings) + len(report.problems)
+    images, are = f"{found:,} of {total:,} images", "is" if found == 1 else "are"
     wholes = sum(conclusion.flagged for conclusion in report.wholes)
     if report.verdict == "accept":
         return (
             f"Nothing was found that stands against training on these {total:,} images."
             if not found
-            else f"Fit to train on; {images} {'are' if found != 1 else 'is'} worth a look."
+            else f"Fit to train on; {images} {are} worth a look."
         )
     if report.verdict == "review":
         return f"Look at {images} before you train on this set."
     if report.verdict == "quarantine":
         if wholes and not found:
             return "Do not train on this set as it is: something is wrong with all of it."
-        return (
-            f"Do not train on this set as it is: {images} {'are' if found != 1 else 'is'} flagged."
-        )
+        return f"Do not train on this set as it is: {images} {are} flagged."
     return "This audit cannot tell whether the set is fit to train on."
 
 

@@ -192,7 +192,7 @@ def _float(value: float, where: str) -> float:
 
 
 def _choice(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    if not isinstance(value, str | int) or value not in arguments:
+    if not any(type(value) is type(choice) and value == choice for choice in arguments):
         listed = ", ".join(map(repr, arguments))
         raise ValueError(f"{where}: expected one of {listed}; found {_seen(value)}")
     return value
