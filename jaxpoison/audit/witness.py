@@ -21,8 +21,8 @@ means over stages 3 to 6 and the deviations of 3 to 5 ("+").
 | HOG | 324 | 0.463, 0.08 | 0.490, 0.09 | 0.954, 0.69 | 0.960, 0.83 | 27,556 |
 | fast_cnn, CIFAR-10 | 256 | (its own) | (its own) | 0.864, 0.39 | 0.936, 0.60 | 967 |
 
-With 60 flips an average precision is uncertain by several hundredths. 64 pixels instead of 96 cost a
-tenth of the accuracy on photographs, and nothing on digits. The choice itself was made on 10,000
+With 60 flips an average precision is uncertain by several hundredths. 64 pixels instead of 96 cost
+a tenth of the accuracy on photographs, and nothing on digits. The choice itself was made on 10,000
 images each, at 96 pixels and whitened: with deviations 0.826, 0.44 on CIFAR-10 and 0.981, 0.94 on
 MNIST; without them 0.818, 0.42 and 0.975, 0.91.
 """
