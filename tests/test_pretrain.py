@@ -79,7 +79,9 @@ def test_what_is_shipped_is_what_is_stated():
     for name, _, size, sha256 in stated():
         content = (WEIGHTS / f"{name}.npz").read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (size, sha256)
-    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 6e6
+    shipped = {*(f"{name}.npz" for name in models.PRETRAINED), "efficientnet-lite0.npz"}
+    assert {path.name for path in WEIGHTS.iterdir()} == {*shipped, "README.md"}
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 12e6
 
 
 @pytest.mark.parametrize("name", list(models.PRETRAINED))

@@ -95,10 +95,10 @@ def test_vectors_may_be_left_out_of_the_decay():
 
 def test_the_papers_recipes():
     assert dataclasses.astuple(training.CIFAR10) == (
-        80, 128, 0.1, 0.9, 5e-4, (30, 50, 70), 4.0, True, False, "steps", True, 0.0,
+        80, 128, 0.1, 0.9, 5e-4, (30, 50, 70), 4.0, True, False, "steps", "sgd", None, True, 0.0,
     )  # fmt: skip
     assert dataclasses.astuple(training.MNIST) == (
-        30, 128, 0.01, 0.0, 0.0, (), 0.0, False, False, "steps", True, 0.0,
+        30, 128, 0.01, 0.0, 0.0, (), 0.0, False, False, "steps", "sgd", None, True, 0.0,
     )  # fmt: skip
 
 
@@ -115,6 +115,50 @@ def test_one_cycle_rises_for_a_quarter_and_falls_to_nothing_whatever_an_epoch_ho
             rates.append(-float(update))
             times.append((epoch + (step + 0.5) / num_steps) / 4)
     np.testing.assert_allclose(rates, 0.8 * np.interp(times, [0, 0.25, 1], [0, 1, 0]), rtol=1e-6)
+
+
+MUON = training.Recipe(
+    epochs=4, learning_rate=0.3, momentum=0.8, weight_decay=0, milestones=(), schedule="linear",
+    optimizer="muon", other_rate=0.5,
+)  # fmt: skip
+
+
+def test_muon_turns_kernels_by_the_rate_along_the_gradients_singular_vectors():
+    rng = np.random.default_rng(0)
+    kernel, gradient = (rng.normal(size=(3, 3, 2, 5)).astype(np.float32) for _ in range(2))
+    params, transform = {"kernel": kernel}, optimizer(MUON)
+    state = at_epoch(transform.init(params), 1, 2)  # at 5 / 16 of training
+    updates, _ = transform.update({"kernel": gradient}, state, params)
+    new = optax.apply_updates(params, updates)["kernel"].reshape(18, 5)
+    turned = (kernel.reshape(18, 5) * np.sqrt(5) / np.linalg.norm(kernel) - new) / (0.3 * 11 / 16)
+    left, _, right = np.linalg.svd(gradient.reshape(18, 5), full_matrices=False)
+    inside = left.T @ turned @ right.T
+    # Five Newton-Schulz iterations leave singular values near 1, not at it.
+    assert np.all((np.diag(inside) > 0.6) & (np.diag(inside) < 1.3))
+    np.testing.assert_allclose(inside - np.diag(np.diag(inside)), 0, atol=1e-4)
+    np.testing.assert_allclose(left @ inside @ right, turned, atol=1e-4)
+
+
+def test_muon_leaves_all_but_convolutions_to_gradient_descent():
+    params = {"kernel": jnp.ones((1, 1, 2, 2)), "head": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    transform, plain = optimizer(MUON), optimizer(
+        dataclasses.replace(MUON, optimizer="sgd", learning_rate=0.5, other_rate=None)
+    )  # fmt: skip
+    others = {name: params[name] for name in ("head", "bias")}
+    state, reference = transform.init(params), plain.init(others)
+    for epoch, num_steps in enumerate([2, 3]):
+        state, reference = (at_epoch(x, epoch, num_steps) for x in (state, reference))
+        for _ in range(num_steps):
+            updates, state = transform.update(params, state, params)
+            wanted, reference = plain.update(others, reference, others)
+            for name in others:
+                np.testing.assert_array_equal(updates[name], wanted[name])
+
+
+@pytest.mark.parametrize("change", [{"other_rate": None}, {"optimizer": "sgd"}])
+def test_muon_and_it_alone_has_two_rates(change):
+    with pytest.raises(ValueError, match="other_rate"):
+        dataclasses.replace(MUON, **change)
 
 
 @pytest.mark.parametrize("shares", [False, True])
@@ -259,6 +303,20 @@ def test_a_loss_that_is_not_finite_is_an_error():
         training.fit(linear_model(), recipe, random_set(27, 4), key=jax.random.key(0))
 
 
+def test_fit_with_two_clocks_is_the_optimizer_by_hand():
+    """Both clocks count, and the loop that consumes its carry takes them."""
+    recipe = dataclasses.replace(MUON, epochs=2, batch_size=8, max_shift=0.0, flip=False)
+    train, key = random_set(16), jax.random.key(3)
+    state = training.fit(conv_model(), recipe, train, key=key)
+    times = optax.tree.get_all_with_path(state.opt_state, "steps_taken")
+    assert len(times) == 2 and all(int(steps) == 2 for _, steps in times)
+    one = training.fit(conv_model(), dataclasses.replace(recipe, learning_rate=0), train, key=key)
+    kernels = [leaf for leaf in jax.tree.leaves(one.params) if leaf.ndim == 4]
+    for kernel in kernels:  # not turned, but at their norm
+        np.testing.assert_allclose(np.linalg.norm(kernel), np.sqrt(kernel.shape[-1]), rtol=1e-5)
+    assert kernels
+
+
 def test_sizes_that_do_not_fit_are_errors():
     fit = functools.partial(training.fit, linear_model(), key=jax.random.key(0))
     with pytest.raises(ValueError, match="12 examples does not divide by 8 devices"):
@@ -358,6 +416,7 @@ def test_the_host_drives_steps_on_cpu_only(monkeypatch):
         ({"milestones": (1.5,)}, ValueError),
         ({"label_smoothing": 1.5}, ValueError),
         ({"schedule": "cosine"}, ValueError),
+        ({"optimizer": "adam"}, ValueError),
     ],
 )
 def test_recipes_that_are_none(change, error):

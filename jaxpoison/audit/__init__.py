@@ -1,1 +1,1 @@
-"""Audits of training sets: what is broken, mislabeled, poisoned or harmful, and how sure that is."""
+"""Audits of training sets: what is mislabeled, poisoned, harmful or broken, and how sure."""

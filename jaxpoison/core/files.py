@@ -94,6 +94,7 @@ def read_npz(
     required: Sequence[str] = (),
     optional: Sequence[str] | None = None,
     max_bytes: int | None = None,
+    mapped: bool = False,
 ) -> dict[str, np.ndarray]:
     """Returns the arrays in an .npz file that may come from anywhere.
 
@@ -107,6 +108,8 @@ def read_npz(
       optional: entries to read where they are there; None for all that are there.
       max_bytes: how much the entries to be read may hold, unpacked; None for no bound but the
         file's own size times 1032, which is what deflate can do at most.
+      mapped: whether arrays that are stored without compression are mapped, read-only, instead of
+        read; their checksums are then not compared.
 
     Raises:
       FileNotFoundError, IsADirectoryError: if there is no file.
@@ -114,18 +117,7 @@ def read_npz(
         an entry; the message names the file.
     """
     path = check_is_file(path, what)
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(path.open("rb"))
-            archive = stack.enter_context(zipfile.ZipFile(file))
-            members = _npz_members(archive, os.fstat(file.fileno()).st_size)
-        # zipfile raises many kinds for a damaged file; what cannot be opened is another matter.
-        except PermissionError:
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"{path} cannot be read as {what}: it is no .npz file or damaged ({error})"
-            ) from error
+    with _opened_npz(path, what) as (archive, members):
         missing = [name for name in required if name not in members]
         if missing:
             raise ValueError(
@@ -143,7 +135,7 @@ def read_npz(
         arrays = {}
         for name, member in members.items():
             try:
-                arrays[name] = _read_npy(archive, member)
+                arrays[name] = _read_npy(archive, member, path if mapped else None)
             except Exception as error:  # the header alone can raise seven kinds
                 reason = (str(error) or type(error).__name__).splitlines()[0][:200]
                 raise ValueError(
@@ -151,6 +143,33 @@ def read_npz(
                     f"unknown kind ({reason})"
                 ) from error
         return arrays
+
+
+def npz_names(path: str | os.PathLike[str], what: str) -> list[str]:
+    """Returns the names of the arrays in an .npz file; arguments and errors as `read_npz`."""
+    path = check_is_file(path, what)
+    with _opened_npz(path, what) as (_, members):
+        return list(members)
+
+
+@contextlib.contextmanager
+def _opened_npz(
+    path: Path, what: str
+) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
+    """Gives an .npz file with its arrays by name; ValueError if it is damaged."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("rb"))
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            members = _npz_members(archive, os.fstat(file.fileno()).st_size)
+        # zipfile raises many kinds for a damaged file; what cannot be opened is another matter.
+        except PermissionError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{path} cannot be read as {what}: it is no .npz file or damaged ({error})"
+            ) from error
+        yield archive, members
 
 
 def _npz_members(archive: zipfile.ZipFile, file_bytes: int) -> dict[str, zipfile.ZipInfo]:
@@ -175,8 +194,13 @@ def _npz_members(archive: zipfile.ZipFile, file_bytes: int) -> dict[str, zipfile
     return members
 
 
-def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """Returns the array in a member, once its header agrees with the member's size."""
+def _read_npy(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, map_from: Path | None
+) -> np.ndarray:
+    """Returns the array in a member, once its header agrees with the member's size.
+
+    With the path of the archive, `map_from`, an array that is stored as it is gets mapped.
+    """
     with archive.open(member) as stream:
         version = np.lib.format.read_magic(stream)
         readers = {
@@ -195,8 +219,12 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
             raise ValueError(
                 f"its header promises {shape} {dtype}, {wanted:,} bytes, but {present:,} follow"
             )
+        order = "F" if fortran_order else "C"
+        if map_from is not None and wanted and member.compress_type == zipfile.ZIP_STORED:
+            start = _data_start(map_from, member, present + stream.tell()) + stream.tell()
+            return np.memmap(map_from, dtype, "r", start, shape, order)
         # In blocks, since all bytes at once would double the memory; to the end, for the checksum.
-        array = np.empty(shape, dtype, order="F" if fortran_order else "C")
+        array = np.empty(shape, dtype, order=order)
         buffer = array.reshape(-1, order="A").view(np.uint8) if wanted else np.empty(0, np.uint8)
         filled = 0
         while filled < wanted:
@@ -208,3 +236,17 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
         if stream.read(1):
             raise ValueError("more bytes follow than it should hold")
         return array
+
+
+def _data_start(path: Path, member: zipfile.ZipInfo, num_bytes: int) -> int:
+    """Returns where the bytes of a stored member start in the file of its archive."""
+    with path.open("rb") as file:
+        file.seek(member.header_offset)
+        header = file.read(30)
+        if len(header) < 30:
+            raise ValueError("its header is missing")
+        lengths = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        start = member.header_offset + 30 + sum(lengths)
+        if start + num_bytes > os.fstat(file.fileno()).st_size:
+            raise ValueError("it ends early")
+        return start

@@ -10,4 +10,7 @@ from jaxpoison.data.dataset import check_trusted as check_trusted
 from jaxpoison.data.dataset import split as split
 from jaxpoison.data.embedded import load_embedded as load_embedded
 from jaxpoison.data.pixels import to_float as to_float
+from jaxpoison.data.readers import Problem as Problem
+from jaxpoison.data.readers import Source as Source
 from jaxpoison.data.readers import load as load
+from jaxpoison.data.readers import open_source as open_source

@@ -148,8 +148,8 @@ def check(dataset: Dataset, num_classes: int | None = None, name: str = "trainin
                 "data.as_dataset(...) converts them"
             )
     images, labels = np.asarray(dataset.images), np.asarray(dataset.labels)
-    _check_layout(images, name)
-    _check_image_dtype(images, name)
+    check_layout(images, name)
+    check_image_dtype(images, name)
     if labels.dtype != np.int32 or labels.ndim != 1:
         # Raises for what no conversion can save, with a reason of its own.
         if len(labels):
@@ -287,7 +287,8 @@ def _read(images: Any, name: str) -> np.ndarray:
     return array
 
 
-def _check_layout(images: np.ndarray, name: str) -> None:
+def check_layout(images: np.ndarray, name: str) -> None:
+    """Raises a ValueError unless images look like [N, H, W, C]; `name` is for the message."""
     shape = images.shape
     if images.dtype == np.object_:
         _stacked(images, name)
@@ -307,7 +308,7 @@ def _check_layout(images: np.ndarray, name: str) -> None:
         )
 
 
-def _check_image_dtype(images: np.ndarray, name: str) -> None:
+def check_image_dtype(images: np.ndarray, name: str) -> None:
     """Raises a ValueError with advice that keeps the pixels' meaning, or without advice."""
     if images.dtype in (np.uint8, np.float32):
         return

@@ -119,8 +119,8 @@ def conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs):
 
 
 def _value(x, k, window):
-    if _library_serves(x) and min(map(min, window.padding)) >= 0:
-        return _library_value(x, k, window)
+    if library_serves(x) and min(map(min, window.padding)) >= 0:
+        return library_value(x, k, window)
     return (_value_of_patches if _few_patches(window, x.shape[3]) else _xla_value)(x, k, window)
 
 
@@ -132,9 +132,9 @@ def _image_gradient(g, k, window):
     )
     narrow = k.shape[2] <= 3
     unit = window.strides == (1, 1)
-    if _library_serves(g) and unit and not narrow and min(map(min, turned)) >= 0:
+    if library_serves(g) and unit and not narrow and min(map(min, turned)) >= 0:
         window = Window(window.output, window.kernel, (1, 1), turned)
-        return _library_value(g, jnp.flip(k, (0, 1)).swapaxes(2, 3), window)
+        return library_value(g, jnp.flip(k, (0, 1)).swapaxes(2, 3), window)
     form = _value_of_patches if _few_patches(window, k.shape[2]) else _xla_value
     return _transpose_to_image(form, g, k, window)
 
@@ -254,7 +254,7 @@ def _pad(x, rows, columns):
 def _contract(a, b):
     """Returns a^T b of [K,M] and [K,N]."""
     (length, rows), columns = a.shape, b.shape[1]
-    if rows * columns >= _LARGE_PRODUCT or not _library_serves(a):
+    if rows * columns >= _LARGE_PRODUCT or not library_serves(a):
         return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
     # A product with a small result is faster as several, one core each.
     small = rows * columns <= _SMALL_PRODUCT
@@ -266,7 +266,8 @@ def _contract(a, b):
 # oneDNN in jaxlib.
 
 
-def _library_serves(x):
+def library_serves(x):
+    """Returns whether convolutions of `x` on one device's CPU are computed by the library."""
     # XLA cannot write programs with these calls to its cache on disk: it reads invalid memory.
     cached = jax.config.values["jax_compilation_cache_dir"] is not None
     return x.dtype == jnp.float32 and not cached and _library_is_there()
@@ -286,7 +287,9 @@ def _library_is_there():
     return True
 
 
-def _library_value(x, k, window):
+def library_value(x, k, window, groups=1, then=(), operands=()):
+    """Returns the convolution, of as many groups of channels, and what oneDNN does to it after."""
+
     def data(batch, feature, *spatial):
         return {"data": {"batch_dim": batch, "feature_dim": feature, "spatial_dims": spatial}}
 
@@ -304,10 +307,11 @@ def _library_value(x, k, window):
             "pad_right": high,
             "window_dilations": (1, 1),
         },
-        "feature_groups": 1,
+        "feature_groups": groups,
+        **({"fusions": {"ops": then}} if then else {}),
     }
     shape = (x.shape[0], *window.output, k.shape[3])
-    return _library_call("convolution", {"onednn_conv_config": config}, shape, x, k)
+    return _library_call("convolution", {"onednn_conv_config": config}, shape, x, k, *operands)
 
 
 def _library_product(a, b):
@@ -385,14 +389,14 @@ def _primitive(name, shape, on_cpu, elsewhere, batched, axes):
         return lower
 
     def lower_on_cpu(ctx, a, b, *, window):
-        fn = on_cpu if _on_one_device(ctx.module_context.axis_context) else elsewhere
+        fn = on_cpu if on_one_device(ctx.module_context.axis_context) else elsewhere
         return lower_plainly(fn)(ctx, a, b, window=window)
 
     def batch(operands, dims, *, window):
         a, b = operands
         if None not in dims:
             a, b = jnp.moveaxis(a, dims[0], 0), jnp.moveaxis(b, dims[1], 0)
-            if _library_serves(a):  # which is fast in loops
+            if library_serves(a):  # which is fast in loops
                 return lax.map(lambda pair: primitive.bind(*pair, window=window), (a, b)), 0
             return jax.vmap(functools.partial(batched, window=window))(a, b), 0
         which = 0 if dims[1] is None else 1
@@ -409,7 +413,7 @@ def _primitive(name, shape, on_cpu, elsewhere, batched, axes):
     return primitive
 
 
-def _on_one_device(context):
+def on_one_device(context):
     """Returns whether the program, or this part of it, is compiled for one device.
 
     XLA cannot partition a custom call, nor a loop over chunks of examples that are spread out.

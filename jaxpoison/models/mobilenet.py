@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpoison.core import loops
-from jaxpoison.models import layers
+from jaxpoison.models import fused, layers
 from jaxpoison.models.classifier import Classifier
 from jaxpoison.models.resnet import CIFAR10_MEAN, CIFAR10_STD
 
@@ -35,16 +35,7 @@ def depthwise_conv(lhs, rhs, window_strides, padding, **kwargs):
     """
     if not loops.steps_from_host():
         return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
-    lhs = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
-    down, across = window_strides
-    rows = (lhs.shape[1] - rhs.shape[0]) // down + 1
-    columns = (lhs.shape[2] - rhs.shape[1]) // across + 1
-    return sum(
-        lhs[:, i : i + down * (rows - 1) + 1 : down, j : j + across * (columns - 1) + 1 : across]
-        * rhs[i, j, 0]
-        for i in range(rhs.shape[0])
-        for j in range(rhs.shape[1])
-    )
+    return fused.shifted(lhs, rhs, window_strides, padding)
 
 
 class InvertedResidual(nn.Module):

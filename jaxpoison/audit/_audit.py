@@ -1,0 +1,351 @@
+"""The audit from end to end: measure, train, plant, judge, retrain. Each stage is kept and resumed.
+
+In `cache/` of the audit's folder, keyed by the content of the data:
+
+measure-KEY/    arrays of one pass over the images (and of trusted ones)
+train-KEY/      the network trained on the data, with checkpoints; training.npz when done
+copy-KEY/       canaries and the network trained on the copy
+worth-KEY/      trainings with and without what was flagged
+"""
+
+import dataclasses
+import functools
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpoison.audit import assemble, decisions, findings, plant, power, trained
+from jaxpoison.audit.checks import CHECKS
+from jaxpoison.audit.evidence import Evidence
+from jaxpoison.audit.measure import BATCH, foreign, measure, side
+from jaxpoison.audit.records import Report, Unreadable, WorthRow
+from jaxpoison.audit.records import Worth as WorthRecord
+from jaxpoison.audit.worth import worth as measure_worth
+from jaxpoison.core.files import check_writable
+from jaxpoison.data import Dataset
+from jaxpoison.data.readers import Source, open_source
+
+Tell = Callable[[str, int, int], None]
+
+
+def _tell_nobody(stage: str, done: int, total: int) -> None:
+    del stage, done, total
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the result of an audit, next to the data."""
+
+    quick: bool = False
+    """Without training: files, copies, and what the foreign witness says."""
+    epochs: int | None = None
+    """Passes of the network that is trained on the data; None for what suits their number."""
+    worth: bool = True
+    """Whether to retrain with and without what was flagged; never with `quick`."""
+    seed: int = 0
+    """Of canaries and trainings."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Audit:
+    """The result: a report, and the arrays behind it.
+
+    Attributes:
+      report: what was found, for people and files.
+      evidence: what was measured, N rows.
+      judgement: what each check and each family of checks says.
+      source_rows: int [N], rows of the source that could be read.
+      source: the images.
+    """
+
+    report: Report
+    evidence: Evidence
+    judgement: assemble.Judgement
+    source_rows: np.ndarray
+    source: Source
+
+    @property
+    def flagged(self) -> np.ndarray:
+        """bool [N]: images with an open finding."""
+        out = np.zeros(len(self.evidence.labels), bool)
+        out[[finding.row for finding in self.report.findings if finding.open]] = True
+        return out
+
+    def to_pandas(self) -> Any:
+        """Returns a DataFrame, one row for each finding; see `findings.to_pandas`."""
+        return findings.to_pandas(self.report)
+
+    def write(self, folder: str | Path) -> None:
+        """Writes report.html, findings.csv and .json, kept.txt; see `findings.write`."""
+        findings.write(self.report, folder, ids=[str(id_) for id_ in self.evidence.ids])
+
+
+def audit(
+    images: Any,
+    labels: Any = None,
+    *,
+    trusted: Any = None,
+    network: Any = None,
+    settings: Settings | None = None,
+    decided: decisions.Decisions | None = None,
+    folder: str | Path | None = None,
+    name: str | None = None,
+    config: dict[str, Any] | None = None,
+    replay: str = "",
+    tell: Tell = _tell_nobody,
+) -> Audit:
+    """Finds what is broken, mislabeled, poisoned or harmful in labeled images.
+
+    Nothing is changed, and nothing written but in `folder`.
+
+    Args:
+      images: a path or `Source` (see `data.readers.open_source`), or an array as
+        `Source.from_arrays` takes it: uint8 or floats in [0, 1], [N, H, W, C].
+      labels: N labels, for an array.
+      trusted: images with labels that are known to be right, of the same classes: a path, a
+        `Source`, or a pair (images, labels). Five of each class help.
+      network: a trained network to be used in place of one that is trained here, as a pair
+        (model, variables) that `network.as_network` takes; it sees images of 32x32.
+      settings: what else decides the result.
+      decided: what people have said of images in an earlier report.
+      folder: the audit's; its `cache` makes a second run fast and a killed one go on. None for a
+        temporary one.
+      name: of the data, for the report.
+      config: kept in the report, as JSON has it.
+      replay: the command that repeats the audit, for the report.
+      tell: called as `tell(stage, done, total)`.
+
+    Raises:
+      ValueError: for data that cannot be audited: see `open_source`; or a trusted set of other
+        classes.
+    """
+    settings = Settings() if settings is None else settings
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return _audit(**locals() | {"folder": temporary}, in_memory=True)
+    return _audit(**locals(), in_memory=False)
+
+
+class _Stage(NamedTuple):
+    """Where one audit keeps what it has, and whom it tells."""
+
+    cache: Path
+    settings: Settings
+    tell: Tell
+
+    def folder(self, what: str, *parts: str) -> Path:
+        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+        return self.cache / f"{what}-{key}"
+
+    def progress(self, stage: str) -> Callable[[int, int], None]:
+        return functools.partial(self.tell, stage)
+
+
+def _audit(
+    images, labels, trusted, network, settings, decided, folder, name, config, replay, tell,
+    in_memory, **_,
+):  # fmt: skip
+    source = as_source(images, labels, "images")
+    embedding = foreign()
+    stage = _Stage(check_writable(Path(folder) / "cache"), settings, tell)
+    fingerprint = source.fingerprint()
+    evidence, problems, rows = _measured(stage, source, fingerprint, embedding, "Reading images")
+    extra, extra_key = _trusted(stage, trusted, evidence, source, rows, decided, embedding)
+    key = (fingerprint, extra_key, str(dataclasses.asdict(settings)), embedding.name)
+    evidence = dataclasses.replace(evidence, trusted=extra)
+    copy = _planted(stage, source, evidence, rows, embedding)
+    if not settings.quick and len(np.unique(evidence.labels)) > 1:
+        evidence = _with_training(stage, "train", evidence, key, network)
+        copy = copy._replace(evidence=_with_training(stage, "copy", copy.evidence, key, network))
+    judgement = _judged(stage, evidence, copy)
+    report = assemble.report(
+        judgement, evidence, tuple(Unreadable(p.id, p.reason) for p in problems),
+        source=name or source.kind, fingerprint=fingerprint,
+        picture=_Pictures(source, rows, evidence), config=config, replay=replay,
+    )  # fmt: skip
+    if decided is not None:
+        report = decisions.merge(report, decided)
+    if settings.worth and evidence.trained is not None:
+        report = assemble.with_worth(report, _worth(stage, report, judgement, evidence, key))
+    if in_memory:
+        evidence = _in_memory(evidence)
+    return Audit(report, evidence, judgement, rows, source)
+
+
+def as_source(
+    images: Any, labels: Any, what: str, class_names: Sequence[str] | None = None
+) -> Source:
+    """Returns a `Source`: one as it is, a path opened, arrays wrapped.
+
+    Arrays with whole numbers for labels get `class_names`.
+
+    Raises:
+      TypeError: for labels next to a path, or an array without labels.
+    """
+    if isinstance(images, Source | str | Path):
+        if labels is not None:
+            raise TypeError(f"{what} have their own labels; leave out `labels`")
+        return images if isinstance(images, Source) else open_source(images)
+    if labels is None:
+        raise TypeError(f"{what} are an array without labels; pass labels as well")
+    numbered = np.issubdtype(np.asarray(labels).dtype, np.integer)
+    return Source.from_arrays(images, labels, class_names=class_names if numbered else None)
+
+
+def _measured(stage, source, fingerprint, embedding, title):
+    folder = stage.folder("measure", fingerprint, embedding.name)
+    return measure(source, embedding, folder, progress=stage.progress(title))
+
+
+def _trusted(stage, trusted, evidence, source, rows, decided, embedding):
+    """Returns (trusted evidence or None, key): what was given, and what people called fine."""
+    parts, keys = [], []
+    if trusted is not None:
+        pair = trusted if isinstance(trusted, tuple) else (trusted, None)
+        given = as_source(*pair, "trusted", evidence.class_names)
+        fingerprint = given.fingerprint()
+        found, _, _ = _measured(stage, given, fingerprint, embedding, "Reading trusted images")
+        parts.append(_in_classes(found, evidence.class_names))
+        keys.append(fingerprint)
+    if decided is not None:
+        fine = np.flatnonzero(np.isin(evidence.ids, sorted(decided.fine)))
+        if len(fine):
+            parts.append(_rows_of(evidence, fine))
+            keys += [str(id_) for id_ in evidence.ids[fine]]
+    return (_together(parts) if parts else None), "\0".join(keys)
+
+
+def _in_classes(evidence, class_names):
+    """Returns evidence with labels in `class_names`; raises ValueError for others."""
+    strangers = sorted(set(evidence.class_names) - set(class_names))
+    if strangers:
+        raise ValueError(
+            f"trusted images have classes that the data have not: {strangers[:5]}; the data have "
+            f"{list(class_names)[:10]}"
+        )
+    place = np.array([class_names.index(name) for name in evidence.class_names], np.int32)
+    return dataclasses.replace(
+        evidence, labels=place[evidence.labels], class_names=tuple(class_names)
+    )
+
+
+_ARRAYS = ("ids", "labels", "images", "digests", "hashes", "sizes", "embedding")
+
+
+def _rows_of(evidence, rows):
+    return dataclasses.replace(
+        evidence, trained=None, trusted=None,
+        **{name: getattr(evidence, name)[rows] for name in _ARRAYS},
+    )  # fmt: skip
+
+
+def _together(parts):
+    return dataclasses.replace(
+        parts[0],
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS},
+    )
+
+
+def _in_memory(evidence):
+    """Returns evidence whose arrays do not lie in a folder that is about to go."""
+    whole = {name: np.array(getattr(evidence, name)) for name in _ARRAYS}
+    if evidence.trusted is not None:
+        whole["trusted"] = _in_memory(evidence.trusted)
+    return dataclasses.replace(evidence, **whole)
+
+
+def _planted(stage, source, evidence, rows, embedding):
+    stage.tell("Planting known faults into a copy", 0, 1)
+    size = side(source)
+
+    def read(some):
+        wanted = rows[some]
+        unique, place = np.unique(wanted, return_inverse=True)
+        parts = [batch.images for batch in source.batches(size, BATCH, rows=unique)]
+        images = np.concatenate(parts) if parts else np.empty((0, size, size, 3), np.uint8)
+        if len(images) != len(unique):
+            raise ValueError(
+                "images that could be read before cannot be read any more: the data changed during "
+                "the audit; start it again"
+            )
+        return np.array(images[place])
+
+    copy = plant.plant(evidence, read, embedding, seed=stage.settings.seed)
+    stage.tell("Planting known faults into a copy", 1, 1)
+    return copy
+
+
+def _with_training(stage, what, evidence, key, network):
+    """Returns evidence with the second witness, for the data and for the trusted images."""
+    title = "Training on the data" if what == "train" else "Training on the copy with faults"
+    folder = stage.folder(what, *key)
+    if network is None:
+        told, variables, model = _trained_here(stage, folder, evidence, title)
+    else:
+        model, variables = network
+        told = trained.of_network(model, variables, evidence.images, evidence.labels)
+    extra = evidence.trusted
+    if extra is not None:
+        seen = trained.of_network(model, variables, extra.images, extra.labels)
+        extra = dataclasses.replace(extra, trained=seen)
+    return dataclasses.replace(evidence, trained=told, trusted=extra)
+
+
+def _trained_here(stage, folder, evidence, title):
+    model = trained.small_network(evidence.num_classes)
+    done = trained.train(
+        evidence.images, evidence.labels, evidence.num_classes, seed=stage.settings.seed,
+        epochs=stage.settings.epochs, folder=folder / "checkpoints",
+        progress=stage.progress(title),
+    )  # fmt: skip
+    return done.training, done.variables, model
+
+
+def _judged(stage, evidence, copy):
+    found = {}
+    for which, each in (("", evidence), (" of the copy", copy.evidence)):
+        results = found.setdefault(which, {})
+        for place, check in enumerate(CHECKS):
+            results[check.name] = check.score(each)
+            stage.tell(f"Checks{which}", place + 1, len(CHECKS))
+    families = power.families(CHECKS, found[""], found[" of the copy"], copy)
+    return assemble.Judgement(CHECKS, found[""], families)
+
+
+class _Pictures(NamedTuple):
+    """Images as people should see them: at most 96 pixels wide; the small one if it is gone."""
+
+    source: Source
+    rows: np.ndarray
+    evidence: Evidence
+
+    def __call__(self, row: int) -> np.ndarray:
+        try:
+            return self.source.image(int(self.rows[row]), 96)
+        except (OSError, ValueError):
+            return np.asarray(self.evidence.images[row])
+
+
+def _worth(stage, report, judgement, evidence, key):
+    flags = np.zeros(len(evidence.labels), bool)
+    flags[[finding.row for finding in report.findings if finding.open]] = True
+    trusted = evidence.trusted
+    result = measure_worth(
+        evidence.images, evidence.labels,
+        None if trusted is None else Dataset(trusted.images, trusted.labels),
+        {"flagged": flags} if flags.any() else {},
+        num_classes=evidence.num_classes, seed=stage.settings.seed,
+        folder=stage.folder("worth", *key, hashlib.sha256(flags.tobytes()).hexdigest()),
+        progress=stage.progress("Retraining with and without"),
+    )  # fmt: skip
+    return WorthRecord(
+        rows=tuple(
+            WorthRow(row.name, row.title, row.mean, row.low, row.high, row.n) for row in result.rows
+        ),
+        action=result.action,
+        reason=" ".join((result.reason, *result.notes)),
+    )

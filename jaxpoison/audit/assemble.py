@@ -1,0 +1,361 @@
+"""From verdicts to a report: one finding for an image, those to look at first in front."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpoison.audit import findings, power
+from jaxpoison.audit.evidence import Evidence
+from jaxpoison.audit.records import (
+    Advice,
+    CheckResult,
+    Conclusion,
+    Data,
+    Finding,
+    Picture,
+    Power,
+    Report,
+    Severity,
+    Unreadable,
+    Worth,
+)
+from jaxpoison.audit.verdict import Check, Kind, NotRun, Scores
+
+DRAWN = 300
+"""Findings with pictures."""
+_SPEAKS = 0.05
+"""A check's own p-value up to which its sentence is part of a finding."""
+_ASKED = 12
+_SEVERITY: Mapping[Kind, Severity] = {
+    "poison": "high",
+    "shortcut": "high",
+    "harm": "high",
+    "label": "medium",
+    "copy": "low",
+    "file": "low",
+}
+_KINDS: tuple[Kind, ...] = ("poison", "shortcut", "harm", "label", "copy", "file")
+
+
+class Judgement(NamedTuple):
+    """What the checks say.
+
+    Attributes:
+      checks: all of them.
+      found: what each finds in the data.
+      families: verdicts on the threats that were planted.
+    """
+
+    checks: Sequence[Check]
+    found: power.Found
+    families: Sequence[power.Family]
+
+
+def flagged_by_rule(judgement: Judgement, kind: Kind) -> np.ndarray | None:
+    """Returns bool [N]: flagged by a check of this kind that decides by rule; None if none ran."""
+    flags = [
+        scores.flagged
+        for check in judgement.checks
+        if check.kind == kind
+        and isinstance(scores := judgement.found[check.name], Scores)
+        and scores.flagged is not None
+    ]
+    return np.any(flags, axis=0) if flags else None
+
+
+def kinds(judgement: Judgement, num_rows: int) -> np.ndarray:
+    """Returns for each image the kind of its finding, '' for none.
+
+    A rule that speaks of labels (one image under two labels) decides first; then the threat with
+    the smallest p-value; then the other rules.
+    """
+    out = np.full(num_rows, "", "U8")
+    for kind in ("file", "copy"):
+        flags = flagged_by_rule(judgement, kind)
+        if flags is not None:
+            out[flags] = kind
+    least = np.full(num_rows, np.inf)
+    for family in judgement.families:
+        better = family.flagged & (family.p < least)
+        out[better] = family.threat.kind
+        least[better] = family.p[better]
+    flags = flagged_by_rule(judgement, "label")
+    if flags is not None:
+        out[flags] = "label"
+    return out
+
+
+def report(
+    judgement: Judgement,
+    evidence: Evidence,
+    problems: Sequence[Unreadable],
+    *,
+    source: str,
+    fingerprint: str,
+    picture: Callable[[int], np.ndarray],
+    worth: Worth | None = None,
+    config: dict[str, object] | None = None,
+    replay: str = "",
+) -> Report:
+    """Returns the report.
+
+    Args:
+      judgement: what the checks say of the N images.
+      evidence: of them.
+      problems: images that could not be read.
+      source: where the images come from, for people.
+      fingerprint: of the source.
+      picture: row -> uint8 [H, W, 3], the image as people should see it.
+      worth: what the actions are worth, if that was measured.
+      config: the settings of the audit, as JSON has them.
+      replay: the command that repeats the audit.
+    """
+    all_kinds = kinds(judgement, len(evidence.labels))
+    rows = _in_order(judgement, all_kinds)
+    found = [
+        _finding(judgement, evidence, int(row), all_kinds[row], picture if place < DRAWN else None)
+        for place, row in enumerate(rows)
+    ]
+    related = {id_ for finding in found[:DRAWN] for id_ in finding.related}
+    place = {str(id_): row for row, id_ in enumerate(evidence.ids) if id_ in related}
+    wholes = _conclusions(judgement)
+    table = tuple(_power(family) for family in judgement.families)
+    verdict, summary = advice(evidence, found, wholes, table, len(problems))
+    return Report(
+        data=Data(
+            source=source,
+            num_images=len(evidence.labels),
+            num_classes=evidence.num_classes,
+            class_names=evidence.class_names,
+            class_counts=tuple(
+                int(n) for n in np.bincount(evidence.labels, minlength=evidence.num_classes)
+            ),
+            num_unreadable=len(problems),
+            fingerprint=fingerprint,
+        ),
+        verdict=verdict,
+        summary=summary,
+        checks=tuple(_result(judgement, check, found) for check in judgement.checks),
+        findings=tuple(found),
+        problems=tuple(problems),
+        wholes=wholes,
+        power=table,
+        worth=worth,
+        ask=_ask(found),
+        pictures={
+            id_: Picture(
+                class_name=evidence.class_names[evidence.labels[row]],
+                thumbnail=findings.thumbnail(picture(row)),
+            )
+            for id_, row in place.items()
+        },
+        config=dict(config or {}),
+        replay=replay,
+    )
+
+
+def _in_order(judgement, all_kinds):
+    """Returns rows with a finding: by severity of the kind, then by p-value."""
+    rows = np.flatnonzero(all_kinds != "")
+    p = np.min([family.p for family in judgement.families] or [np.ones(len(all_kinds))], axis=0)
+    # One image under two labels is as good as certain.
+    by_rule = flagged_by_rule(judgement, "label")
+    if by_rule is not None:
+        p = np.where(by_rule, 0, p)
+    rank = np.array([_KINDS.index(kind) for kind in all_kinds[rows]], int)
+    return rows[np.lexsort((p[rows], rank))]
+
+
+def _finding(judgement, evidence, row, kind, picture):
+    speaking = _speaking(judgement, row, kind)
+    families = [f for f in judgement.families if f.flagged[row] and f.threat.kind == kind]
+    best = min(families, key=lambda f: f.p[row], default=None)
+    found = [judgement.found[name] for name in speaking]
+    suggested = _suggested(found, evidence, row)
+    reasons = tuple(scores.reason(row) for scores in found)
+    if best is not None and kind == "poison":
+        reasons = (f"Like images with this planted: {best.threat.title}.", *reasons)
+    related = next((scores.related(row) for scores in found if scores.related is not None), ())
+    by_rule = any(scores.flagged is not None and scores.flagged[row] for scores in found)
+    return Finding(
+        id=str(evidence.ids[row]),
+        row=row,
+        class_name=evidence.class_names[evidence.labels[row]],
+        kind=kind,
+        severity="high" if kind == "label" and by_rule else _SEVERITY[kind],
+        confidence=1.0 if best is None else float(1 - best.q[row]),
+        p_value=None if best is None else float(best.p[row]),
+        q_value=None if best is None else float(best.q[row]),
+        checks=tuple(speaking),
+        reasons=reasons,
+        suggested=suggested,
+        related=tuple(str(evidence.ids[other]) for other in related[:5]),
+        thumbnail=None if picture is None else findings.thumbnail(picture(row)),
+    )
+
+
+def _speaking(judgement, row, kind):
+    """Returns names of the checks that speak against an image, the most certain first."""
+    rules = [
+        check.name
+        for check in judgement.checks
+        if isinstance(scores := judgement.found[check.name], Scores)
+        and scores.flagged is not None
+        and scores.flagged[row]
+    ]
+    p = {}
+    for family in judgement.families:
+        if family.flagged[row] and family.threat.kind == kind:
+            for name, values in family.each.items():
+                if values[row] <= _SPEAKS:
+                    p[name] = min(p.get(name, 1.0), values[row])
+    return [*rules, *sorted(p, key=lambda name: p[name])]
+
+
+def _suggested(found, evidence, row):
+    """Returns the class that most of the checks believe, or None."""
+    votes = [
+        int(scores.suggested[row])
+        for scores in found
+        if scores.suggested is not None and scores.suggested[row] >= 0
+    ]
+    votes = [label for label in votes if label != evidence.labels[row]]
+    return evidence.class_names[max(votes, key=votes.count)] if votes else None
+
+
+def _conclusions(judgement):
+    return tuple(
+        Conclusion(
+            check=check.name,
+            flagged=whole.flagged,
+            score=float(whole.score),
+            reason=whole.reason,
+            picture=None if whole.picture is None else findings.thumbnail(whole.picture, 512),
+            caption=whole.caption,
+        )
+        for check in judgement.checks
+        if isinstance(scores := judgement.found[check.name], Scores)
+        and (whole := scores.whole) is not None
+    )
+
+
+def _result(judgement, check, found):
+    scores = judgement.found[check.name]
+    if isinstance(scores, NotRun):
+        return CheckResult(
+            check.name, check.title, check.kind, "not run", scores.reason, check.cannot_see
+        )
+    recalls = {
+        family.threat.title: family.recalls[check.name]
+        for family in judgement.families
+        if check.name in family.recalls
+    }
+    if recalls:
+        best = max(recalls, key=lambda title: recalls[title])
+        reason = (
+            f"At one false alarm in a hundred it finds {100 * recalls[best]:.0f}% of the images "
+            f"with this planted: {best}."
+        )
+        if recalls[best] < power.LEAST_POWER:
+            reason += " That is too little: it has no say in the findings."
+    elif check.threats:
+        reason = "Nothing could be planted to calibrate it, so it flags nothing."
+    else:
+        reason = "Decides by rule."
+    return CheckResult(
+        check.name, check.title, check.kind, "ran", reason, check.cannot_see,
+        flagged=sum(check.name in finding.checks for finding in found),
+    )  # fmt: skip
+
+
+def _power(family):
+    note = ""
+    if not family.recalls:
+        note = "No check that ran looks for it."
+    elif 2 * family.found < family.planted:
+        note = "This audit would have missed most of these: their absence here means little."
+    return Power(
+        threat=family.threat.name,
+        title=family.threat.title,
+        planted=family.planted,
+        found=family.found,
+        false_alarms_per_thousand=family.others_flagged,
+        checks={name: float(recall) for name, recall in family.recalls.items()},
+        note=note,
+    )
+
+
+def _ask(found):
+    """Returns ids of the least certain findings, few of each class: a look at them tells most."""
+    uncertain = sorted(
+        (finding for finding in found[:DRAWN] if finding.q_value is not None),
+        key=lambda finding: -finding.q_value,
+    )
+    asked, of_class = [], {}
+    for finding in uncertain:
+        of_class[finding.class_name] = of_class.get(finding.class_name, 0) + 1
+        if of_class[finding.class_name] <= 3 and len(asked) < _ASKED:
+            asked.append(finding.id)
+    return tuple(asked)
+
+
+def advice(
+    evidence: Evidence,
+    found: Sequence[Finding],
+    wholes: Sequence[Conclusion],
+    table: Sequence[Power],
+    num_unreadable: int,
+) -> tuple[Advice, tuple[str, ...]]:
+    """Returns what to do with the data, and why in sentences.
+
+    Quarantine: the set as a whole is flagged, or poisons are at least 0.5% of it. Inconclusive:
+    nothing was found, and most of what was planted would not have been either. Review: there are
+    findings. Accept: none.
+    """
+    counts = {kind: sum(f.kind == kind and f.open for f in found) for kind in _KINDS}
+    parts = [f"{counts[kind]:,} {_NAMES[kind]}" for kind in _KINDS if counts[kind]]
+    images = f"{len(evidence.labels):,} images in {evidence.num_classes:,} classes"
+    summary = [f"{images}: {', '.join(parts) if parts else 'nothing found'}."]
+    bad = [whole for whole in wholes if whole.flagged]
+    summary += [whole.reason for whole in bad]
+    found_of = sum(row.found for row in table)
+    planted = sum(row.planted for row in table)
+    if planted:
+        summary.append(
+            f"Of {planted:,} faults planted into a copy of these data, the audit found "
+            f"{found_of:,}."
+        )
+        missed = [row.title for row in table if row.planted and 2 * row.found < row.planted]
+        if missed:
+            summary.append(f"It would have missed most of: {'; '.join(missed)}.")
+    else:
+        summary.append(
+            "Nothing could be planted into a copy of these data, so how much the audit would find "
+            "is not known."
+        )
+    if num_unreadable:
+        summary.append(f"{num_unreadable:,} files could not be read.")
+    if bad or counts["poison"] >= max(1, 0.005 * len(evidence.labels)):
+        return "quarantine", tuple(summary)
+    if any(counts[kind] for kind in ("poison", "harm", "label", "copy", "file")):
+        return "review", tuple(summary)
+    if not planted or 2 * found_of < planted:
+        return "inconclusive", tuple(summary)
+    return "accept", tuple(summary)
+
+
+_NAMES: Mapping[Kind, str] = {
+    "poison": "that look poisoned",
+    "shortcut": "with a shortcut",
+    "harm": "that harm accuracy",
+    "label": "that look mislabeled",
+    "copy": "copies",
+    "file": "out of place",
+}
+
+
+def with_worth(whole: Report, worth: Worth) -> Report:
+    """Returns the report with what the actions are worth."""
+    return dataclasses.replace(whole, worth=worth, summary=(*whole.summary, worth.reason))

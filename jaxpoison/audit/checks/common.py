@@ -1,0 +1,66 @@
+"""What several checks need: scores in [0, 1], margins, sentences, and why a check cannot run."""
+
+import numpy as np
+
+from jaxpoison.audit.evidence import Evidence
+from jaxpoison.audit.verdict import NotRun
+
+LEAST = 3
+"""Images of a class below which a class is not judged by its own statistics."""
+
+
+def bounded(values: np.ndarray) -> np.ndarray:
+    """Returns float32 in [0, 1]: the values in the same order, 0.5 at 0; NaN stays NaN.
+
+    x / (1 + |x|) and not a logistic function, which would make ties of what is far from 0.
+    """
+    values = np.asarray(values, np.float64)
+    return (0.5 + 0.5 * values / (1 + np.abs(values))).astype(np.float32)
+
+
+def scaled(values: np.ndarray) -> np.ndarray:
+    """Returns values over their median magnitude, so that a factor on all of them is no matter."""
+    values = np.asarray(values, np.float64)
+    size = np.nanmedian(np.abs(values)) if np.isfinite(values).any() else 0.0
+    return values / size if size > 0 else values
+
+
+def margins(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the value of the label less the largest other one, and whose that is.
+
+    Args:
+      values: float [N, K], K >= 2; higher where a class fits better.
+      labels: int [N].
+    """
+    rows = np.arange(len(labels))
+    others = np.array(values)
+    others[rows, labels] = -np.inf
+    best = others.argmax(axis=1).astype(np.int32)
+    return values[rows, labels] - others[rows, best], best
+
+
+def robust_z(values: np.ndarray) -> np.ndarray:
+    """Returns (values - median) / (1.4826 MAD), float64; 0 where nothing varies."""
+    values = np.asarray(values, np.float64)
+    around = values - np.median(values)
+    spread = 1.4826 * np.median(np.abs(around))
+    return around / spread if spread > 0 else np.zeros_like(around)
+
+
+def one_class(evidence: Evidence) -> NotRun | None:
+    """Returns why labels cannot be compared, or None where at least two classes have images."""
+    if len(np.unique(evidence.labels)) < 2:
+        return NotRun("All images have the same label, so there is no other label to compare with.")
+    return None
+
+
+def untrained(evidence: Evidence) -> NotRun | None:
+    """Returns why there is no second witness, or None."""
+    if evidence.trained is None:
+        return NotRun("No network was trained on this data (run without --quick).")
+    return one_class(evidence)
+
+
+def named(evidence: Evidence, label: int | np.integer) -> str:
+    """Returns a class in quotes, as sentences name it."""
+    return f"'{evidence.class_names[label]}'"

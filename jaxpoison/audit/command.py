@@ -1,0 +1,299 @@
+"""The commands `jaxpoison audit`, `clean` and `demo`."""
+
+import argparse
+import importlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jaxpoison
+from jaxpoison import models, network, runs
+from jaxpoison.audit import _audit, clean, decisions, findings, gate
+from jaxpoison.audit.records import Report
+from jaxpoison.core.files import write_text
+from jaxpoison.data import load_embedded
+from jaxpoison.data.readers import open_source
+
+FAILED = 1
+"""Exit status where a rule of `--fail-on` is violated."""
+
+
+def audit_parser() -> argparse.ArgumentParser:
+    """Returns the parser of `jaxpoison audit`."""
+    parser = argparse.ArgumentParser(
+        prog="jaxpoison audit",
+        description="Find what is broken, mislabeled, poisoned or harmful in labeled images. "
+        "The data are never changed; everything is written to --out.",
+    )
+    parser.add_argument(
+        "data",
+        nargs="?",
+        help="a folder with a folder of images for each class, an .npz file, a table of paths and "
+        "labels, or a folder of tensorflow-datasets or Hugging Face datasets",
+    )
+    parser.add_argument("--out", type=Path, help="folder of the report (default: DATA-audit)")
+    parser.add_argument(
+        "--trusted", metavar="DATA", help="images with labels that you have checked; 5 a class help"
+    )
+    parser.add_argument(
+        "--network",
+        metavar="MODULE:FUNCTION",
+        help="a function without arguments that returns (model, variables): your own trained "
+        "network for 32x32 images, in place of one that is trained here",
+    )
+    parser.add_argument("--quick", action="store_true", help="train nothing: fewer checks, faster")
+    parser.add_argument(
+        "--no-worth", action="store_true", help="do not retrain without what was flagged"
+    )
+    parser.add_argument("--decisions", type=Path, help="decisions.json that the report page saved")
+    parser.add_argument("--baseline", type=Path, help="findings.json of an earlier audit")
+    parser.add_argument(
+        "--fail-on",
+        metavar="RULE",
+        action="append",
+        default=[],
+        help="exit with status 1 if more is found, such as poison>0 or new:label>10; repeatable",
+    )
+    parser.add_argument("--split", help="part of the data, such as train")
+    parser.add_argument("--root", type=Path, help="folder that paths in a table are relative to")
+    parser.add_argument("--image-column", help="of a table")
+    parser.add_argument("--label-column", help="of a table")
+    parser.add_argument("--follow-links", action="store_true", help="follow symbolic links")
+    parser.add_argument("--epochs", type=int, help="passes of the network that is trained")
+    parser.add_argument("--seed", type=int, default=0, help="of canaries and trainings")
+    parser.add_argument(
+        "--config", type=Path, help="config.json of an earlier audit, to be repeated"
+    )
+    return parser
+
+
+def audit_main(arguments: Sequence[str]) -> int:
+    """Runs `jaxpoison audit`; returns the exit status."""
+    parser = audit_parser()
+    options = parser.parse_args(arguments)
+    if options.config is not None:
+        options = parser.parse_args(_replayed(options.config, arguments))
+    if options.data is None:
+        parser.error("DATA is missing: the folder or file to audit")
+    rules = [gate.parse(rule) for rule in options.fail_on]
+    baseline = None if options.baseline is None else findings.read(options.baseline)
+    decided = None if options.decisions is None else decisions.read(options.decisions)
+    data = Path(options.data).expanduser()
+    out = Path(f"{data.resolve().name}-audit") if options.out is None else options.out.expanduser()
+    _check_apart(data, out)
+    source = open_source(
+        data,
+        split=options.split,
+        root=options.root,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        follow_links=options.follow_links,
+    )
+    command = _command(options)
+    result = run(
+        source,
+        out,
+        name=str(data),
+        command=command,
+        trusted=options.trusted,
+        network=None if options.network is None else _loaded(options.network),
+        settings=_audit.Settings(
+            quick=options.quick,
+            epochs=options.epochs,
+            worth=not options.no_worth,
+            seed=options.seed,
+        ),
+        decided=decided,
+    )
+    failed = gate.violated(rules, result.report, baseline)
+    for rule in failed:
+        runs.say(f"--fail-on: {rule}")
+    return FAILED if failed else 0
+
+
+def run(
+    source: Any, out: Path, *, name: str, command: Sequence[str], **options: Any
+) -> _audit.Audit:
+    """Audits, shows progress, writes the folder, prints the verdict."""
+    start = time.monotonic()
+    progress = Progress()
+    config = {"command": list(command), "version": jaxpoison.__version__}
+    result = _audit.audit(
+        source,
+        folder=out,
+        name=name,
+        config=config,
+        replay=shlex.join(["jaxpoison", *command]),
+        tell=progress.tell,
+        **options,
+    )
+    progress.close()
+    result.write(out)
+    write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
+    runs.say(_verdict(result.report, out, time.monotonic() - start))
+    return result
+
+
+def _check_apart(data, out):
+    inside, outside = out.resolve(), data.resolve()
+    if inside == outside or (data.is_dir() and outside in inside.parents):
+        raise ValueError(
+            f"--out {out} is inside of the data, {data}, which are never changed: choose another "
+            "folder"
+        )
+
+
+def _command(options):
+    """Returns the arguments that repeat the audit, paths made absolute."""
+    parts = ["audit", str(Path(options.data).expanduser().resolve())]
+    for name in ("trusted", "root", "decisions"):
+        value = getattr(options, name)
+        if value is not None:
+            parts += [f"--{name}", str(Path(value).expanduser().resolve())]
+    for name in ("network", "split", "image_column", "label_column", "epochs"):
+        value = getattr(options, name)
+        if value is not None:
+            parts += [f"--{name.replace('_', '-')}", str(value)]
+    for name in ("quick", "no_worth", "follow_links"):
+        if getattr(options, name):
+            parts.append(f"--{name.replace('_', '-')}")
+    return [*parts, "--seed", str(options.seed)]
+
+
+def _replayed(path, arguments):
+    """Returns the arguments in a config.json, followed by the other ones of this command."""
+    config = runs.read_json(path, "give the config.json that an audit wrote")
+    command = config.get("command") if isinstance(config, dict) else None
+    if (
+        not isinstance(command, list)
+        or command[:1] != ["audit"]
+        or not all(isinstance(part, str) for part in command)
+    ):
+        raise ValueError(
+            f"{path} is not the config.json of an audit: it has no command that starts with 'audit'"
+        )
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config")
+    return [*command[1:], *parser.parse_known_args(list(arguments))[1]]
+
+
+def _loaded(place):
+    """Returns what MODULE:FUNCTION returns."""
+    module, _, function = place.partition(":")
+    if place in models.PRETRAINED:
+        return models.load_pretrained(place)
+    if not function:
+        raise ValueError(
+            f"--network {place!r}: expected MODULE:FUNCTION, such as mycode:load, or one of "
+            f"{sorted(models.PRETRAINED)}"
+        )
+    sys.path.insert(0, "")  # as `python -m` has it: modules of the working directory
+    result = getattr(importlib.import_module(module), function)()
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(
+            f"--network {place}: expected a pair (model, variables), got {type(result).__name__}"
+        )
+    network.as_network(result[0], image_shape=(32, 32, 3))
+    return result
+
+
+def _verdict(report: Report, out: Path, seconds: float) -> str:
+    lines = ["", f"{report.verdict.upper()}  ({seconds:.0f} s)", *report.summary, ""]
+    if report.power:
+        lines.append("Planted into a copy of your data, and found:")
+        lines += [
+            f"  {row.title:<50} {row.found:>4} of {row.planted:<4} "
+            f"{row.false_alarms_per_thousand:5.1f} of 1,000 others"
+            for row in report.power
+        ]
+        lines.append("")
+    for finding in report.findings[:10]:
+        why = finding.reasons[0] if finding.reasons else ""
+        lines.append(f"  {finding.kind:<7} {ascii(finding.id)[1:-1]}  {why}")
+    if len(report.findings) > 10:
+        lines.append(f"  ... {len(report.findings) - 10:,} more")
+    return "\n".join([*lines, "", f"Report: {out / 'report.html'}"])
+
+
+class Progress:
+    """A line for each stage; on a terminal it is redrawn, elsewhere it is printed when it ends."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._start = time.monotonic()
+        self._shown = 0.0
+        self._terminal = sys.stdout.isatty()
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """Shows that of a stage `done` of `total` is done."""
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._start, self._shown = stage, now, 0.0
+        finished = done >= total
+        if not finished and now - self._shown < (0.2 if self._terminal else 10):
+            return
+        self._shown = now
+        text = f"{stage}: {done:,} of {total:,}, {now - self._start:.0f} s"
+        if self._terminal and not finished:
+            print(f"\r{text:<70}", end="", flush=True)
+        else:
+            runs.say(f"\r{text:<70}" if self._terminal else text)
+
+    def close(self) -> None:
+        """Ends the line."""
+        self._stage = ""
+
+
+def clean_main(arguments: Sequence[str]) -> int:
+    """Runs `jaxpoison clean`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="jaxpoison clean",
+        description="Copy the data of an audit without what was flagged and not overruled.",
+    )
+    parser.add_argument("audit", type=Path, help="folder of the audit")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the copy; new or empty")
+    parser.add_argument("--decisions", type=Path, help="decisions.json that the report page saved")
+    options = parser.parse_args(arguments)
+    report = findings.read(options.audit)
+    if options.decisions is not None:
+        report = decisions.merge(report, decisions.read(options.decisions))
+    config = runs.read_json(options.audit / "config.json", "repeat the audit")
+    parsed = (
+        audit_parser().parse_args(_replayed(options.audit / "config.json", [])) if config else None
+    )
+    source = open_source(
+        parsed.data,
+        split=parsed.split,
+        root=parsed.root,
+        image_column=parsed.image_column,
+        label_column=parsed.label_column,
+        follow_links=parsed.follow_links,
+    )
+    runs.say(clean.clean(report, options.out, source=source))
+    return 0
+
+
+def demo_main(arguments: Sequence[str]) -> int:
+    """Runs `jaxpoison demo`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="jaxpoison demo",
+        description="Audit 2,500 CIFAR-10 images that are part of the package, with faults planted "
+        "into them; about two minutes.",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("jaxpoison-demo"), help="folder of the report"
+    )
+    options = parser.parse_args(arguments)
+    from jaxpoison.audit import demo
+
+    source, trusted, planted = demo.data(load_embedded("cifar10"))
+    result = run(
+        source, options.out, name="embedded CIFAR-10 with planted faults", command=["demo"],
+        trusted=trusted,
+    )  # fmt: skip
+    runs.say(demo.table(result, planted))
+    return 0

@@ -1,0 +1,72 @@
+"""Data for `jaxpoison demo`: the embedded images with faults that are known, and what was found."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpoison.audit._audit import Audit
+from jaxpoison.data import Splits
+from jaxpoison.data.readers import Source
+
+_TRUSTED_A_CLASS = 5
+
+
+class Planted(NamedTuple):
+    """Faults in the demo's data.
+
+    Attributes:
+      rows: int [P], the images with a fault.
+      names: text [P], which fault: `wrong label`, `backdoor` or `copy`.
+    """
+
+    rows: np.ndarray
+    names: np.ndarray
+
+
+def data(splits: Splits) -> tuple[Source, tuple[np.ndarray, np.ndarray], Planted]:
+    """Returns (training images with faults, trusted images and labels, the faults).
+
+    3% of the labels are changed at random; 2% of the images get a checkered patch in a corner and
+    the label of the first class; 1% are replaced by copies of images of other classes.
+
+    Args:
+      splits: of uint8 images of 32x32 in 10 classes.
+    """
+    random = np.random.default_rng(0)
+    images, labels = np.array(splits.train.images), np.array(splits.train.labels)
+    clean = labels.copy()
+    count = len(labels)
+    order = random.permutation(np.flatnonzero(labels != 0))
+    wrong, rest = np.split(order, [round(0.03 * count)])
+    patched, rest = np.split(rest, [round(0.02 * count)])
+    copied = rest[: round(0.01 * count)]
+    labels[wrong] = (labels[wrong] + random.integers(1, 10, len(wrong))) % 10
+    board = np.indices((3, 3)).sum(0) % 2 == 0
+    images[patched, -4:-1, 2:5] = np.where(board, 255, 0)[..., None]
+    labels[patched] = 0
+    for row in copied:
+        images[row] = images[random.choice(np.flatnonzero(clean != clean[row]))]
+    held = splits.validation
+    first = np.concatenate(
+        [np.flatnonzero(held.labels == label)[:_TRUSTED_A_CLASS] for label in range(10)]
+    )
+    names = ["wrong label"] * len(wrong) + ["backdoor"] * len(patched) + ["copy"] * len(copied)
+    source = Source.from_arrays(images, labels, class_names=splits.class_names)
+    return (
+        source,
+        (np.asarray(held.images)[first], np.asarray(held.labels)[first]),
+        Planted(np.concatenate([wrong, patched, copied]), np.array(names)),
+    )
+
+
+def table(result: Audit, planted: Planted) -> str:
+    """Returns what was found of each planted fault, for a terminal."""
+    flagged = np.zeros(len(result.source), bool)
+    flagged[result.source_rows[result.flagged]] = True
+    lines = ["Of the faults that the demo put into the data, the audit flagged:"]
+    for name in dict.fromkeys(planted.names):
+        rows = planted.rows[planted.names == name]
+        lines.append(f"  {name:<12} {np.count_nonzero(flagged[rows]):>3} of {len(rows)}")
+    others = np.setdiff1d(np.arange(len(flagged)), planted.rows)
+    lines.append(f"  {'others':<12} {np.count_nonzero(flagged[others]):>3} of {len(others):,}")
+    return "\n".join(lines)

@@ -1,0 +1,159 @@
+"""Thresholds and power from canaries: which planted faults do these checks find on these data?"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpoison.audit import calibrate
+from jaxpoison.audit.evidence import Evidence
+from jaxpoison.audit.plant import THREATS, Planted, Threat
+from jaxpoison.audit.verdict import Check, NotRun, Scores
+
+RATE = 0.2
+"""False discovery rate of the findings of one threat."""
+LEAST_POWER = 0.1
+"""Recall at 1% false alarms below which a check has no say about a threat."""
+
+Found = Mapping[str, Scores | NotRun]
+
+
+class Family(NamedTuple):
+    """All checks of one threat on the data, read together.
+
+    N rows.
+
+    Attributes:
+      threat: what was planted.
+      recalls: {check: recall of canaries at 1% false alarms}, of every check that ran.
+      each: {check: float64 [N], its own p-values}, of the checks that have a say.
+      p: float64 [N], p-values; 1 where nothing has a say.
+      q: float64 [N], of Benjamini and Hochberg.
+      flagged: bool [N], q at most RATE.
+      planted: number of canaries.
+      found: number of canaries found, each with thresholds from the other half of them.
+      others_flagged: of a thousand images of the copy that were not changed, how many were flagged.
+      share: upper bound on the part of the data that is like the canaries.
+    """
+
+    threat: Threat
+    recalls: dict[str, float]
+    each: dict[str, np.ndarray]
+    p: np.ndarray
+    q: np.ndarray
+    flagged: np.ndarray
+    planted: int
+    found: int
+    others_flagged: float
+    share: float
+
+
+def run(checks: Sequence[Check], evidence: Evidence) -> dict[str, Scores | NotRun]:
+    """Returns what each check finds, by name."""
+    return {check.name: check.score(evidence) for check in checks}
+
+
+def families(
+    checks: Sequence[Check], found: Found, in_copy: Found, planted: Planted
+) -> tuple[Family, ...]:
+    """Returns the verdict on each threat that has canaries.
+
+    Args:
+      checks: all checks.
+      found: what they find in the data.
+      in_copy: what they find in the copy.
+      planted: the copy.
+    """
+    names = np.unique(planted.threats)
+    return tuple(
+        _family(threat, checks, found, in_copy, planted)
+        for threat in THREATS
+        if threat.name in names
+    )
+
+
+def _family(threat, checks, found, in_copy, planted):
+    of_threat = [
+        check.name
+        for check in checks
+        if threat.name in check.threats
+        and all(isinstance(each[check.name], Scores) for each in (found, in_copy))
+    ]
+    data = _matrix(of_threat, found)
+    copy = _matrix(of_threat, in_copy)
+    canaries = planted.rows[planted.threats == threat.name]
+    others = np.setdiff1d(np.arange(copy.shape[1]), planted.rows)
+    recalls = {
+        name: calibrate.recall(scores[others], scores[canaries])
+        for name, scores in zip(of_threat, copy, strict=True)
+    }
+    each, share = {}, 0.0
+    p = q = np.ones(data.shape[1])
+    say = _with_a_say(recalls)
+    if len(canaries) >= calibrate.LEAST and say:
+        model = calibrate.fit(data[say], copy[np.ix_(say, canaries)])
+        p, share = calibrate.p_values(model, data[say]), model.share
+        q = calibrate.benjamini_hochberg(p)
+        each = {of_threat[j]: _own(data[j], copy[j, canaries]) for j in say}
+    num_found, others_flagged = _power(of_threat, copy, canaries, others)
+    by_rule = _by_rule(threat, checks, in_copy)
+    if by_rule is not None:
+        num_found = int(np.count_nonzero(by_rule[canaries]))
+        others_flagged = 1000 * float(np.mean(by_rule[others]))
+    return Family(
+        threat, recalls, each, p, q, q <= RATE, len(canaries), num_found, others_flagged, share
+    )
+
+
+def _matrix(names, found):
+    """Returns float64 [J, N]; N is that of the checks that ran."""
+    rows = next(
+        len(x.score if x.score is not None else x.flagged)
+        for x in found.values()
+        if isinstance(x, Scores) and (x.score is not None or x.flagged is not None)
+    )
+    return np.array([found[name].score for name in names], float).reshape(len(names), rows)
+
+
+def _by_rule(threat, checks, found):
+    """Returns what the checks flag that decide by rule and know this threat; None if none does."""
+    flags = [
+        found[check.name].flagged
+        for check in checks
+        if threat.name in check.threats
+        and isinstance(found[check.name], Scores)
+        and found[check.name].flagged is not None
+    ]
+    return np.any(flags, axis=0) if flags else None
+
+
+def _with_a_say(recalls):
+    """Returns the places of checks that find enough of the canaries."""
+    return [j for j, recall in enumerate(recalls.values()) if recall >= LEAST_POWER]
+
+
+def _own(scores, canaries):
+    """Returns the p-values of one check alone; 1 where it cannot judge."""
+    p = calibrate.p_values(calibrate.fit(scores[None], canaries[None]), scores[None])
+    return np.where(np.isnan(scores), 1.0, p)
+
+
+def _power(names, copy, canaries, others):
+    """Returns (canaries found, others flagged of a thousand); halves judge each other."""
+    found, flagged = 0, []
+    for half in range(2):
+        fitted, judged = canaries[half::2], canaries[1 - half :: 2]
+        recalls = {
+            name: calibrate.recall(scores[others], scores[fitted])
+            for name, scores in zip(names, copy, strict=True)
+        }
+        say = _with_a_say(recalls)
+        if len(fitted) < calibrate.LEAST or not say:
+            flagged.append(0.0)
+            continue
+        model = calibrate.fit(copy[np.ix_(say, others)], copy[np.ix_(say, fitted)])
+        rows = np.concatenate([judged, others])
+        q = calibrate.benjamini_hochberg(calibrate.p_values(model, copy[np.ix_(say, rows)]))
+        found += int(np.count_nonzero(q[: len(judged)] <= RATE))
+        flagged.append(1000 * float(np.mean(q[len(judged) :] <= RATE)))
+    return found, float(np.mean(flagged))

@@ -1,0 +1,117 @@
+"""Thresholds from canaries: nulls, false discovery rates, several checks, power."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxpoison.audit import calibrate
+
+
+def mixture(*, num=6_000, share=0.05, shift=4.0, checks=1, canaries=200, seed=0):
+    """Returns (scores [J, N], which are faulty, canaries [J, C]): the faulty ones are shifted."""
+    random = np.random.default_rng(seed)
+    faulty = random.random(num) < share
+    scores = random.standard_normal((checks, num)) + shift * faulty
+    return scores, faulty, random.standard_normal((checks, canaries)) + shift
+
+
+def found(scores, canaries, rate=0.2):
+    p = calibrate.p_values(calibrate.fit(scores, canaries), scores)
+    return calibrate.benjamini_hochberg(p) <= rate
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.2])
+def test_the_share_is_estimated(share):
+    scores, faulty, canaries = mixture(share=share)
+    assert calibrate.fit(scores, canaries).share == pytest.approx(faulty.mean(), rel=0.25)
+
+
+def test_p_values_of_honest_images_are_those_of_their_own_distribution():
+    """Though one in twenty is faulty, 5% of honest images have p <= 5%: rather fewer than more."""
+    scores, faulty, canaries = mixture()
+    p = calibrate.p_values(calibrate.fit(scores, canaries), scores)[~faulty]
+    for level in (0.01, 0.05, 0.2):
+        assert 0.5 * level <= np.mean(p <= level) <= 1.2 * level
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.2])
+@pytest.mark.parametrize("shift", [3.0, 4.0, 6.0])
+def test_false_discoveries_stay_near_the_rate(share, shift):
+    scores, faulty, canaries = mixture(share=share, shift=shift)
+    flagged = found(scores, canaries)
+    assert np.mean(~faulty[flagged]) <= 0.27
+    assert shift == 3 or np.mean(flagged[faulty]) > 0.7
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0, 3.0, 4.0, 6.0])
+def test_nothing_is_found_where_nothing_is(shift):
+    scores, _, canaries = mixture(share=0.0, shift=shift)
+    assert np.mean(found(scores, canaries)) < 0.001
+
+
+def test_several_weak_checks_find_more_than_one():
+    scores, faulty, canaries = mixture(shift=2.0, checks=4)
+    alone, together = (found(scores[:n], canaries[:n]) for n in (1, 4))
+    assert together[faulty].mean() > alone[faulty].mean() + 0.4
+    assert np.mean(~faulty[together]) <= 0.27
+
+
+def test_weights_and_offset_are_those_of_the_densities():
+    """Of unit normals at 0 and at m, log(f1 / f0) is m z - m^2 / 2."""
+    random = np.random.default_rng(0)
+    shift = np.array([[2.0], [1.0]])
+    scores, canaries = (
+        random.standard_normal((2, 40_000)),
+        random.standard_normal((2, 2_000)) + shift,
+    )
+    model = calibrate.fit(scores, canaries)
+    np.testing.assert_allclose(model.weights, [2, 1], rtol=0.05)
+    assert model.offset == pytest.approx(-2.5, rel=0.05)
+    assert model.share < 0.001
+
+
+def test_a_check_that_tells_nothing_or_the_opposite_has_no_weight():
+    random = np.random.default_rng(0)
+    scores = random.standard_normal((3, 5_000))
+    canaries = random.standard_normal((3, 200)) + np.array([[3], [0], [-2]])
+    good, nothing, opposite = calibrate.fit(scores, canaries).weights
+    assert good > 2.5 and nothing < 0.2 and opposite == 0
+
+
+def test_only_the_order_of_scores_counts():
+    scores, _, canaries = mixture(num=500)
+    p = calibrate.p_values(calibrate.fit(scores, canaries), scores)
+    backwards = calibrate.fit(4 * scores[:, ::-1] - 3, 4 * canaries - 3)
+    np.testing.assert_allclose(calibrate.p_values(backwards, 4 * scores - 3), p, rtol=1e-3)
+
+
+def test_no_p_value_is_below_what_so_many_images_can_show():
+    scores, _, canaries = mixture(share=0.0)
+    p = calibrate.p_values(calibrate.fit(scores, canaries), np.array([[1e9, -1e9]]))
+    assert p[0] == pytest.approx(1 / scores.size, rel=1e-3) and p[1] == 1
+
+
+def test_a_score_that_is_missing_counts_as_neither():
+    reference = np.array([[1.0, 2.0, 3.0, 4.0, np.nan]])
+    got = calibrate.normal_scores(reference, np.array([[3.5, 0.0, 9.0, 2.0, np.nan]]))
+    ranks = np.array([3.5, 0.5, 4.5, 2.0]) / 5
+    np.testing.assert_allclose(got[0], [*stats.norm.ppf(ranks), 0])
+
+
+def test_what_cannot_be_calibrated_is_an_error():
+    with pytest.raises(ValueError, match="no image has a score"):
+        calibrate.fit(np.full((1, 3), np.nan), np.ones((1, 9)))
+    with pytest.raises(ValueError, match="7 canaries"):
+        calibrate.fit(np.ones((1, 3)), np.ones((1, 7)))
+
+
+def test_q_values_are_those_of_scipy():
+    p = np.random.default_rng(0).random(100) ** 3
+    np.testing.assert_allclose(
+        calibrate.benjamini_hochberg(p), stats.false_discovery_control(p, method="bh")
+    )
+
+
+def test_recall_at_one_percent():
+    scores = np.arange(1000.0)
+    assert calibrate.recall(scores, np.array([988.0, 990.5, 2000.0, np.nan])) == 0.5

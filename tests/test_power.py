@@ -1,0 +1,121 @@
+"""What canaries say: which checks have a say, what is flagged, and how much would be found."""
+
+import numpy as np
+import pytest
+
+from jaxpoison.audit import power
+from jaxpoison.audit.plant import THREATS, Planted
+from jaxpoison.audit.verdict import Check, NotRun, Scores
+
+NUM = 4_000
+
+
+def check(name, threats=("flip",), kind="label"):
+    return Check(name, name.title(), kind, "Nothing.", lambda evidence: evidence, threats)
+
+
+def scored(values, flagged=None):
+    return Scores(np.float32(values), lambda row: f"row {row}", flagged)
+
+
+def planted(count=40, threat="flip"):
+    rows = np.arange(100, 100 + count)
+    return Planted(None, rows, np.array([threat] * count))
+
+
+def normal(seed, high=(), shift=6.0):
+    """Returns scores [NUM] of which the rows `high` are shifted."""
+    values = np.random.default_rng(seed).standard_normal(NUM)
+    values[list(high)] += shift
+    return 1 / (1 + np.exp(-values))
+
+
+def family(found, in_copy, checks=(check("good"), check("useless")), copy=None):
+    (only,) = power.families(checks, found, in_copy, copy or planted())
+    return only
+
+
+def test_faults_are_flagged_and_others_are_not():
+    faulty = range(3_000, 3_050)
+    copy = planted(count=100)
+    result = family(
+        {"good": scored(normal(0, faulty)), "useless": scored(normal(1))},
+        {"good": scored(normal(2, [*faulty, *copy.rows])), "useless": scored(normal(3))},
+        copy=copy,
+    )
+    assert result.threat is THREATS[0]
+    assert np.mean(result.flagged[list(faulty)]) > 0.85
+    assert np.mean(np.delete(result.flagged, list(faulty))) < 0.003
+    assert result.share == pytest.approx(50 / NUM, rel=0.3)
+    assert (result.planted, result.found) == (100, pytest.approx(94, abs=6))
+    assert result.recalls["good"] > 0.6 and result.recalls["useless"] < 0.1
+    assert list(result.each) == ["good"]
+
+
+def test_clean_data_stay_clean():
+    copy = planted()
+    result = family(
+        {"good": scored(normal(0)), "useless": scored(normal(1))},
+        {"good": scored(normal(2, copy.rows)), "useless": scored(normal(3))},
+    )
+    assert result.flagged.sum() <= 1
+    assert result.others_flagged < 2
+    assert result.found >= 36
+
+
+def test_where_no_check_finds_canaries_nothing_is_flagged_and_the_power_is_zero():
+    result = family(
+        {"good": scored(normal(0)), "useless": scored(normal(1))},
+        {"good": scored(normal(2)), "useless": scored(normal(3))},
+    )
+    assert not result.flagged.any() and result.found == 0 and result.others_flagged == 0
+    np.testing.assert_array_equal(result.p, 1)
+
+
+def test_a_useless_check_changes_nothing():
+    found = {"good": scored(normal(0, range(50))), "useless": scored(normal(1))}
+    copy = {"good": scored(normal(2, planted().rows)), "useless": scored(normal(3))}
+    both = family(found, copy)
+    alone = family(found, copy, checks=(check("good"),))
+    np.testing.assert_allclose(both.p, alone.p)
+
+
+def test_a_check_that_did_not_run_has_no_say():
+    found = {"good": scored(normal(0, range(50))), "useless": NotRun("No network.")}
+    copy = {"good": scored(normal(2, planted().rows)), "useless": NotRun("No network.")}
+    assert list(family(found, copy).recalls) == ["good"]
+
+
+def test_two_weak_checks_find_more_than_one():
+    copy = planted(count=60)
+    faulty = range(3_000, 3_060)
+
+    def run(names):
+        found = {n: scored(normal(i, faulty, 2.5)) for i, n in enumerate(names)}
+        there = {n: scored(normal(9 + i, copy.rows, 2.5)) for i, n in enumerate(names)}
+        result = family(found, there, checks=tuple(map(check, names)), copy=copy)
+        return result.flagged[list(faulty)].mean()
+
+    assert run(["a", "b", "c", "d"]) > run(["a"]) + 0.2
+
+
+def test_a_rule_is_counted_as_it_flags():
+    copy = planted(threat="copy")
+    flags = np.zeros(NUM, bool)
+    flags[copy.rows[:30]] = True
+    flags[:4] = True
+    rule = check("rule", threats=("copy",))
+    result = family(
+        {"rule": scored(np.zeros(NUM), np.zeros(NUM, bool))},
+        {"rule": scored(np.zeros(NUM), flags)},
+        checks=(rule,),
+        copy=copy,
+    )
+    assert (result.found, result.planted) == (30, 40)
+    assert result.others_flagged == pytest.approx(4 * 1000 / (NUM - 40))
+    assert not result.flagged.any()
+
+
+def test_only_threats_that_were_planted_have_a_family():
+    empty = Planted(None, np.empty(0, int), np.empty(0, "U9"))
+    assert power.families((check("good"),), {"good": scored(normal(0))}, {}, empty) == ()
