@@ -155,7 +155,10 @@
   });
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("input", filter);
-  form.addEventListener("reset", () => setTimeout(filter));
+  byId("all").addEventListener("click", () => {
+    form.reset();
+    filter();
+  });
   byId("more").addEventListener("click", () => {
     const next = shown;
     shown += STEP;

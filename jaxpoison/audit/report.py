@@ -145,11 +145,13 @@ def _shown(text: str, keep: str = "") -> str:
 
 
 def _percent(share: float) -> str:
-    """Returns a share for people: 97%, 0.4%, never 100% for less."""
+    """Returns a share for people: 97%, 3.2%, never 100% for less or 0% for more."""
     percent = 100 * share
-    if 99.5 <= percent < 100:
-        return f"{min(percent, 99.9):.1f}%"
-    return f"{percent:.1f}%" if 0 < percent < 1 else f"{percent:.0f}%"
+    if 0 < percent < 0.1:
+        return "< 0.1%"
+    if percent < 10:
+        return f"{percent:.1f}".removesuffix(".0") + "%"
+    return f"{min(percent, 99.9):.1f}%" if 99.5 <= percent < 100 else f"{percent:.0f}%"
 
 
 def _headline(report: Report) -> str:
