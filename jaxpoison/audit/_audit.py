@@ -225,7 +225,7 @@ def _trusted(stage, trusted, evidence, decided, white):
     parts, keys = [], []
     if trusted is not None:
         pair = trusted if isinstance(trusted, tuple) else (trusted, None)
-        given = as_source(*pair, "trusted", evidence.class_names)
+        given = as_source(pair[0], pair[1], "trusted", evidence.class_names)
         fingerprint = given.fingerprint()
         found, _, _ = _measured(stage, given, fingerprint, foreign(), "Reading trusted images")
         found = dataclasses.replace(found, embedding=white(found.embedding))

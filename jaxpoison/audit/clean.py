@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from jaxpoison.audit import findings
+from jaxpoison.audit import decisions, findings
 from jaxpoison.audit.records import Report
 
 
@@ -47,7 +47,11 @@ class Cleaned(NamedTuple):
 
 
 def clean(
-    report_folder: str | os.PathLike[str], out: str | os.PathLike[str], *, source: Source
+    report_folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    source: Source,
+    decided: decisions.Decisions | None = None,
 ) -> Cleaned:
     """Writes what an audit did not flag, or a person overruled, into a new folder.
 
@@ -59,6 +63,7 @@ def clean(
       report_folder: folder of a report, or its findings.json.
       out: a folder that is not there or empty, outside of the data.
       source: the data that was audited, opened in the same way.
+      decided: decisions on the findings, next to those that the report has.
 
     Raises:
       FileNotFoundError: if there is no report.
@@ -68,6 +73,8 @@ def clean(
       OSError: if a file cannot be read or written; a full disk included.
     """
     report = findings.read(report_folder)
+    if decided is not None:
+        report = decisions.merge(report, decided)
     if source.fingerprint() != report.data.fingerprint:
         raise ValueError(
             f"the data is not what {os.fspath(report_folder)} is about: it changed since the "

@@ -83,16 +83,9 @@ def audit_main(arguments: Sequence[str]) -> int:
     baseline = None if options.baseline is None else findings.read(options.baseline)
     decided = None if options.decisions is None else decisions.read(options.decisions)
     data = Path(options.data).expanduser()
-    out = Path(f"{data.resolve().name}-audit") if options.out is None else options.out.expanduser()
+    out = _beside(data) if options.out is None else options.out.expanduser()
     _check_apart(data, out)
-    source = open_source(
-        data,
-        split=options.split,
-        root=options.root,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        follow_links=options.follow_links,
-    )
+    source = _opened(options)
     command = _command(options)
     result = run(
         source,
@@ -113,6 +106,18 @@ def audit_main(arguments: Sequence[str]) -> int:
     for rule in failed:
         runs.say(f"--fail-on: {rule}")
     return FAILED if failed else 0
+
+
+def _opened(options):
+    """Returns the source that the arguments of an audit describe."""
+    return open_source(
+        Path(options.data).expanduser(),
+        split=options.split,
+        root=options.root,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        follow_links=options.follow_links,
+    )
 
 
 def run(
@@ -136,6 +141,13 @@ def run(
     write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
     runs.say(_verdict(result.report, out, time.monotonic() - start))
     return result
+
+
+def _beside(data):
+    """Returns the default folder: in the working directory, or next to the data if that is them."""
+    place = data.resolve()
+    inside = Path.cwd() == place or place in Path.cwd().parents
+    return (place.parent if inside else Path()) / f"{place.name}-audit"
 
 
 def _check_apart(data, out):
@@ -258,22 +270,12 @@ def clean_main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the copy; new or empty")
     parser.add_argument("--decisions", type=Path, help="decisions.json that the report page saved")
     options = parser.parse_args(arguments)
-    report = findings.read(options.audit)
-    if options.decisions is not None:
-        report = decisions.merge(report, decisions.read(options.decisions))
-    config = runs.read_json(options.audit / "config.json", "repeat the audit")
-    parsed = (
-        audit_parser().parse_args(_replayed(options.audit / "config.json", [])) if config else None
-    )
-    source = open_source(
-        parsed.data,
-        split=parsed.split,
-        root=parsed.root,
-        image_column=parsed.image_column,
-        label_column=parsed.label_column,
-        follow_links=parsed.follow_links,
-    )
-    runs.say(clean.clean(report, options.out, source=source))
+    decided = None if options.decisions is None else decisions.read(options.decisions)
+    folder = options.audit if options.audit.is_dir() else options.audit.parent
+    audited = audit_parser().parse_args(_replayed(folder / "config.json", []))
+    done = clean.clean(options.audit, options.out, source=_opened(audited), decided=decided)
+    what = "copied" if done.copied else "listed in kept.txt"
+    runs.say(f"{done.kept:,} images {what} in {done.folder}; {done.left_out:,} left out")
     return 0
 
 

@@ -84,7 +84,7 @@ def plant(
     labels = np.array(evidence.labels)
     rows, threats = _places(random, labels, count)
     target = _target(labels)
-    images = read(rows)
+    images = np.array(read(rows))
     for name, fault in _FAULTS.items():
         mine = np.flatnonzero(threats == name)
         case = _Case(random, evidence.labels, rows[mine], target, read, embedding)

@@ -77,7 +77,7 @@ def _family(threat, checks, found, in_copy, planted):
         check.name
         for check in checks
         if threat.name in check.threats
-        and all(isinstance(each[check.name], Scores) for each in (found, in_copy))
+        and all(_has_scores(each[check.name]) for each in (found, in_copy))
     ]
     data = _matrix(of_threat, found)
     copy = _matrix(of_threat, in_copy)
@@ -103,6 +103,11 @@ def _family(threat, checks, found, in_copy, planted):
     return Family(
         threat, recalls, each, p, q, q <= RATE, len(canaries), num_found, others_flagged, share
     )
+
+
+def _has_scores(found):
+    """Whether a check gave scores that need a threshold."""
+    return isinstance(found, Scores) and found.score is not None and found.flagged is None
 
 
 def _matrix(names, found):

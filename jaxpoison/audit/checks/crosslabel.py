@@ -64,4 +64,5 @@ CHECK = Check(
     kind="label",
     cannot_see="Wrong labels of images that are in the set only once.",
     score=_score,
+    threats=("copy",),
 )
