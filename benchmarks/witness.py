@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def of_lite0(name, size, images, labels, seed) -> list[dict]:
     def parts(variables, images):
         x = jax.image.resize(to_float(images), (len(images), size, size, 3), "bilinear")
         head, state = model.apply(variables, x, method="features", mutable=["intermediates"])
-        sown = state["intermediates"]["body"]
+        sown: Any = state["intermediates"]["body"]
         found = {"head": head}
         for stage in STAGES:
             x = sown[f"stage{stage}"][0]

@@ -31,7 +31,11 @@ ALLOWED = {
         *("core", "curvature", "data", "filters", "influence", "network", "solvers", "training"),
     ),
     "evaluation": ("attacks", "data", "network", "training"),
-    "cli": ("data", "runs"),
+    "audit": (
+        *("core", "curvature", "data", "defenses", "evaluation", "filters", "influence", "models"),
+        *("network", "runs", "solvers", "training"),
+    ),
+    "cli": ("audit", "data", "runs"),
     "__main__": ("cli",),
 }
 # The engine must run where nothing but JAX is installed.
@@ -169,7 +173,8 @@ def test_dependencies():
     def names(requirements):
         return {re.match(r"[\w-]+(\[\w+\])?", line)[0] for line in requirements}
 
-    wanted = {"jax", "flax", "optax", "orbax-checkpoint", "numpy", "pillow"}
+    wanted = {"jax", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "jinja2"}
+    assert names(extras["audit"]) == {"pyarrow", "cleanlab", "pandas"}
     assert names(project["dependencies"]) == wanted
     assert names(extras["tfds"]) == {"tensorflow-datasets", "array-record", "importlib-resources"}
     assert "jaxpoison[tfds]" in names(extras["experiments"])

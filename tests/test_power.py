@@ -30,7 +30,10 @@ def normal(seed, high=(), shift=6.0):
     return 1 / (1 + np.exp(-values))
 
 
-def family(found, in_copy, checks=(check("good"), check("useless")), copy=None):
+BOTH = (check("good"), check("useless"))
+
+
+def family(found, in_copy, checks=BOTH, copy=None):
     (only,) = power.families(checks, found, in_copy, copy or planted())
     return only
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import io
+import json
 import os
 import struct
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 from PIL import Image
 
 from jaxpoison import data
+from jaxpoison.data import prepare
 from jaxpoison.data.readers import Unreadable, contents, decode, open_source
 from jaxpoison.data.readers.source import Source
 
@@ -594,6 +597,16 @@ def test_empty_and_missing_places_are_clear_errors(tmp_path):
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(ValueError, match=advice):
             open_source(tmp_path / name)
+    for name in ("a.csv", "a.npz", "a.parquet"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match="no regular file"):
+            open_source(tmp_path / name)
+    with pytest.raises(TypeError, match="split must be"):
+        open_source(tmp_path, split=0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="path is empty"):
+        open_source("")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_source("a" * 5000)
     with pytest.raises(ValueError, match="max_pixels must be at least 1"):
         open_source(tmp_path, max_pixels=0)
 
@@ -866,3 +879,420 @@ def test_a_stored_entry_that_points_elsewhere_is_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         open_source(path)
+
+
+# ---- tables of paths ----
+
+
+def table(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,label\ncat/0.png,cat\ndog/1.png,dog\n",
+        "\ufefffile_name;class\r\ncat/0.png;cat\r\ndog/1.png;dog\r\n",
+        "id\tImage\t Label\n1\t./cat/0.png\tcat\n2\tcat/../dog/1.png\tdog\n",
+        '"label","filename"\n"cat","cat/0.png"\n\n" dog ","dog/1.png"',
+    ],
+)
+def test_csv(tmp_path, text):
+    class_folders(tmp_path)
+    source = open_source(table(tmp_path / "a.csv", text))
+    assert source.ids == ("cat/0.png", "dog/1.png") and source.class_names == ("cat", "dog")
+    np.testing.assert_array_equal(source.labels, np.array([0, 1], np.int32))
+    assert source.labels.dtype == np.int32 and not source.problems
+    np.testing.assert_array_equal(everything(source).images, [noise(seed=0), noise(seed=101)])
+    assert source.path(1) == tmp_path / "dog" / "1.png"
+
+
+def test_csv_with_columns_and_root_by_name(tmp_path):
+    class_folders(tmp_path / "images")
+    path = table(tmp_path / "a.csv", "a,b\ncat/0.png,1\ndog/1.png,0\n")
+    with pytest.raises(ValueError, match=r"usual name.*'a', 'b'.*image_column"):
+        open_source(path)
+    with pytest.raises(ValueError, match="label_column is 'z'"):
+        open_source(path, image_column="a", label_column="z")
+    columns = {"image_column": "a", "label_column": "b"}
+    with pytest.raises(ValueError, match=r"or in root.*not exist"):
+        open_source(path, **columns)
+    source = open_source(path, root=tmp_path / "images", **columns)
+    assert source.ids == ("cat/0.png", "dog/1.png") and source.class_names == ("0", "1")
+    np.testing.assert_array_equal(source.labels, [1, 0])
+    absolute = table(tmp_path / "b.csv", f"path,label\n{tmp_path}/images/dog/1.png,0\n")
+    assert open_source(absolute).ids == ("images/dog/1.png",)
+    with pytest.raises(ValueError, match="no folder"):
+        open_source(path, root=tmp_path / "nowhere", **columns)
+    with pytest.raises(ValueError, match="without parts"):
+        open_source(path, split="train", **columns)
+
+
+def test_hostile_rows_of_a_table_are_problems(tmp_path):
+    class_folders(tmp_path / "root")
+    secret = save(tmp_path / "secret.png", noise())
+    (tmp_path / "root" / "link.png").symlink_to(secret)
+    (tmp_path / "root" / "up").symlink_to(tmp_path)
+    rows = {
+        "cat/nothing.png,cat": "not exist",
+        "cat/0.png/x,cat": "cannot be followed",
+        "../secret.png,cat": "leads out",
+        "cat/../../secret.png,cat": "leads out",
+        f"{secret},cat": "leads out",
+        "/etc/passwd,cat": "leads out",
+        "link.png,cat": "symbolic link",
+        "up/secret.png,cat": "symbolic link",
+        "up/../../secret.png,cat": "leads out",
+        "cat,cat": "folder",
+        ",cat": "names no image",
+        "cat/1.png,": "no label",
+        "cat/1.png": "fields",
+        "cat/1.png,cat,dog": "fields",
+        "a\0b.png,cat": "zero byte",
+        f"{'a' * 5000}.png,cat": "cannot be followed",
+        "http://localhost/x.png,cat": "not exist",
+    }
+    text = "path,label\n" + "".join(f"{row}\n" for row in rows) + "dog/0.png,dog\n"
+    source = open_source(table(tmp_path / "root" / "a.csv", text))
+    assert source.ids == ("dog/0.png",) and len(everything(source).rows) == 1
+    by_row = {int(name.split()[1]): reason for name, reason in source.problems}
+    assert sorted(by_row) == list(range(len(rows)))
+    for row, reason in enumerate(rows.values()):
+        assert reason in by_row[row], (row, by_row[row])
+    followed = open_source(tmp_path / "root" / "a.csv", follow_links=True)
+    assert {"link.png", "up/secret.png"} <= {*followed.ids}
+
+
+def test_labels_of_tables(tmp_path):
+    class_folders(tmp_path)
+
+    def opened(*labels):
+        rows = (f"cat/{number % 3}.png,{label}\n" for number, label in enumerate(labels))
+        return open_source(table(tmp_path / "a.csv", "path,label\n" + "".join(rows)))
+
+    numbers = opened("0", "10", "2.0", "nan", "-1", "1.5", "1e400")
+    assert numbers.class_names == tuple(map(str, range(11)))
+    np.testing.assert_array_equal(numbers.labels, [0, 10, 2])
+    found = [reason for _, reason in numbers.problems]
+    assert "no label" in found[0] and "-1" in found[1] and "1.5" in found[2] and "inf" in found[3]
+    texts = opened("cat", "7", "nan")
+    assert texts.class_names == ("7", "cat", "nan")
+    assert opened("<script>", "a\x1bb").class_names == ("<script>", r"a\u001bb")
+    with pytest.raises(ValueError, match="no row has a class"):
+        opened("", "")
+    with pytest.raises(ValueError, match=r"no row has a class.*0\.5 is no class"):
+        opened("0.5", "0.25")
+
+
+def test_the_same_image_in_several_rows_and_other_bytes(tmp_path):
+    class_folders(tmp_path)
+    name = os.fsencode(tmp_path) + b"/\xff.png"
+    with open(name, "wb") as file:
+        file.write((tmp_path / "cat" / "0.png").read_bytes())
+    text = b"path,label\ncat/0.png,cat\ncat/0.png,dog\n\xff.png,dog\n"
+    source = open_source(table(tmp_path / "a.csv", text))
+    assert source.ids == ("cat/0.png", "cat/0.png (row 1)", r"\xff.png")
+    assert len(everything(source).rows) == 3 and not source.problems
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"", "no column"),
+        (b"\n", "no column"),
+        (b"path,label\n", "no row has a class"),
+        (b"cat/0.png,cat\n", "no column"),
+        (b"path,size\ncat/0.png,1\n", "label_column"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "no column"),
+        (b'path,label\n"cat/0.png,cat\n', "no table"),
+        (b"path,label\n" + b"a" * 200_000 + b",cat\n", "no table"),
+        (b"\xff\xfep\0a\0t\0h\0", "no column"),
+    ],
+)
+def test_files_that_are_no_tables(tmp_path, text, reason):
+    with pytest.raises(ValueError, match=reason):
+        open_source(table(tmp_path / "a.csv", text))
+
+
+def test_options_of_tables_are_refused_elsewhere(tmp_path):
+    class_folders(tmp_path)
+    for name in ("root", "image_column", "label_column"):
+        with pytest.raises(ValueError, match=rf"{name} is 'x', but .* is no table"):
+            open_source(tmp_path, **{name: "x"})
+
+
+# ---- Parquet and Hugging Face ----
+
+
+def encoded(seed=0, size=8):
+    stream = io.BytesIO()
+    Image.fromarray(noise(size, size, seed=seed)).save(stream, "png")
+    return stream.getvalue()
+
+
+HF_FEATURES = {
+    "img": {"_type": "Image"},
+    "label": {"_type": "ClassLabel", "names": ["cat", "dog"]},
+    "note": {"_type": "Value", "dtype": "string"},
+}
+
+
+def hf_table(labels, images=None):
+    """Returns a table as Hugging Face's datasets makes it."""
+    pa = pytest.importorskip("pyarrow")
+    if images is None:
+        images = [{"bytes": encoded(row), "path": None} for row in range(len(labels))]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    return pa.table(
+        {
+            "img": pa.array(images, kind),
+            "label": pa.array(labels, pa.int64()),
+            "note": pa.array(["x"] * len(labels)),
+        }
+    )
+
+
+def write_parquet(path, table, **options):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path, **options)
+    return path
+
+
+def save_to_disk(folder, tables, features=HF_FEATURES):
+    """Writes what `Dataset.save_to_disk` writes, one file for each table."""
+    pa = pytest.importorskip("pyarrow")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"data-{n:05}-of-{len(tables):05}.arrow" for n in range(len(tables))]
+    for name, part in zip(names, tables, strict=True):
+        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, part.schema) as w:
+            w.write_table(part, max_chunksize=2)
+    state = {"_data_files": [{"filename": name} for name in names], "_split": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
+    return folder
+
+
+@pytest.mark.parametrize("row_group_size", [1, 3, 100])
+def test_parquet_with_images_inside(tmp_path, row_group_size):
+    labels = [0, 1, None, 1, -1, 0, 1]
+    whole = hf_table(labels).replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": HF_FEATURES}})}
+    )
+    path = write_parquet(tmp_path / "a.parquet", whole, row_group_size=row_group_size)
+    source = open_source(path)
+    assert source.ids == ("row 0", "row 1", "row 3", "row 5", "row 6")
+    assert source.class_names == ("cat", "dog")
+    np.testing.assert_array_equal(source.labels, [0, 1, 1, 0, 1])
+    assert reasons(source).keys() == {"row 2", "row 4"}
+    want = np.stack([noise(seed=seed) for seed in (0, 1, 3, 5, 6)])
+    np.testing.assert_array_equal(everything(source, batch_size=2).images, want)
+    for row in (4, 0, 2, 2):
+        np.testing.assert_array_equal(source.image(row), want[row])
+    assert source.path(0) is None
+    assert source.fingerprint() == open_source(path).fingerprint()
+
+
+def test_parquet_of_bytes_and_of_paths(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    class_folders(tmp_path)
+    inside = pa.table({"image": [encoded(0), b"", None, encoded(3)], "class": list("abab")})
+    source = open_source(write_parquet(tmp_path / "a.parquet", inside))
+    np.testing.assert_array_equal(everything(source).rows, [0, 3])
+    assert "empty" in reasons(source)["row 1"] and "no image" in reasons(source)["row 2"]
+    paths = pa.table({"path": ["cat/0.png", "../x.png", None], "label": [1.0, 0.0, np.nan]})
+    source = open_source(write_parquet(tmp_path / "b.parquet", paths))
+    assert source.ids == ("cat/0.png",) and len(source.problems) == 2
+    outside = [{"bytes": None, "path": path} for path in ("cat/0.png", "/etc/passwd", "../a.png")]
+    source = open_source(write_parquet(tmp_path / "c.parquet", hf_table([0, 1, 1], outside)))
+    np.testing.assert_array_equal(everything(source).rows, [0])
+    assert "leads out" in reasons(source)["row 1"] and "leads out" in reasons(source)["row 2"]
+
+
+def test_folders_of_parquet(tmp_path):
+    whole = hf_table([0, 1, 1, 0])
+    write_parquet(tmp_path / "one" / "data" / "train-00000-of-00002.parquet", whole.slice(0, 3))
+    write_parquet(tmp_path / "one" / "data" / "train-00001-of-00002.parquet", whole.slice(3))
+    source = open_source(tmp_path / "one")
+    np.testing.assert_array_equal(everything(source).images[3], noise(seed=3))
+    np.testing.assert_array_equal(source.image(3), noise(seed=3))
+    write_parquet(tmp_path / "one" / "data" / "test-00000-of-00001.parquet", whole)
+    with pytest.raises(ValueError, match=r"several parts .*split='t"):
+        open_source(tmp_path / "one")
+    assert len(open_source(tmp_path / "one", split="test")) == 4
+    with pytest.raises(ValueError, match="no such files"):
+        open_source(tmp_path / "one", split="val")
+    write_parquet(tmp_path / "two" / "train" / "0.parquet", whole)
+    write_parquet(tmp_path / "two" / "test" / "0.parquet", whole.slice(0, 2))
+    assert len(open_source(tmp_path / "two", split="train")) == 4
+    write_parquet(tmp_path / "three" / "a.parquet", whole)
+    write_parquet(tmp_path / "three" / "b.parquet", whole.rename_columns(["image", "label", "n"]))
+    with pytest.raises(ValueError, match="unlike others"):
+        open_source(tmp_path / "three")
+
+
+def test_hostile_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    plain = {"compression": "none", "use_dictionary": False}
+    path = tmp_path / "a.parquet"
+    write_parquet(path, hf_table([0, 1] * 40), row_group_size=10, **plain)
+    content = path.read_bytes()
+    for share in (0, 0.2, 0.99):
+        path.write_bytes(content[: int(len(content) * share)])
+        with pytest.raises(ValueError, match="no Parquet file or damaged"):
+            open_source(path)
+    with pytest.raises(ValueError, match="expected encoded images"):
+        open_source(write_parquet(path, pa.table({"image": [[0, 1]], "label": [0]})))
+    with pytest.raises(ValueError, match="usual name"):
+        open_source(write_parquet(path, pa.table({"a": ["b"]})))
+    with pytest.raises(ValueError, match="no row has a class"):
+        open_source(write_parquet(path, pa.table({"image": [b"x"], "label": [[1, 2]]})))
+    with pytest.raises(ValueError, match="no row has a class"):
+        open_source(write_parquet(path, pa.table({"image": [b"x"], "label": [None]})))
+    # Damage within: the images of a group are lost from there on, and the others are not.
+    path.write_bytes(content)
+    damaged = bytearray(content)
+    start = content.index(encoded(35)[:60])
+    damaged[start - 400 : start + 400] = bytes(800)
+    path.write_bytes(damaged)
+    source = open_source(path)
+    rows = everything(source).rows
+    assert {*range(30), *range(40, 80)} <= {*rows.tolist()} and len(source.problems) > 0
+    assert len(rows) + len(source.problems) == 80
+
+
+def test_random_damage_to_tables_gives_value_errors_or_problems(tmp_path):
+    rng = np.random.default_rng(0)
+    parquet = write_parquet(tmp_path / "a.parquet", hf_table([0, 1, 0, 1]))
+    saved = save_to_disk(tmp_path / "saved", [hf_table([0, 1, 0, 1])])
+    for place, file in ((parquet, parquet), (saved, saved / "data-00000-of-00001.arrow")):
+        content = file.read_bytes()
+        for _ in range(100):
+            damaged = np.frombuffer(content, np.uint8).copy()
+            damaged[rng.integers(0, len(damaged), 3)] = rng.integers(0, 256, 3)
+            file.write_bytes(damaged.tobytes())
+            with contextlib.suppress(ValueError):
+                list(open_source(place).batches(8, 4))
+
+
+def test_hugging_face_on_disk(tmp_path):
+    whole = hf_table([0, 1, 1, 0, -1])
+    source = open_source(save_to_disk(tmp_path / "one", [whole.slice(0, 3), whole.slice(3)]))
+    assert source.class_names == ("cat", "dog") and len(source) == 4
+    np.testing.assert_array_equal(source.labels, [0, 1, 1, 0])
+    want = np.stack([noise(seed=seed) for seed in range(4)])
+    np.testing.assert_array_equal(everything(source).images, want)
+    np.testing.assert_array_equal(source.image(3), want[3])
+    assert "-1" in reasons(source)["row 4"]
+    with pytest.raises(ValueError, match="without parts"):
+        open_source(tmp_path / "one", split="train")
+    for name in ("train", "validation"):
+        save_to_disk(tmp_path / "dict" / name, [whole])
+    index = tmp_path / "dict" / "dataset_dict.json"
+    index.write_text('{"splits": ["train", "validation"]}')
+    with pytest.raises(ValueError, match=r"several parts .*split='train'"):
+        open_source(tmp_path / "dict")
+    assert len(open_source(tmp_path / "dict", split="val")) == 4
+    with pytest.raises(ValueError, match="no such part"):
+        open_source(tmp_path / "dict", split="test")
+    before = snapshot(tmp_path)
+    everything(open_source(tmp_path / "dict", split="train"))
+    assert snapshot(tmp_path) == before
+
+
+def test_hostile_hugging_face_folders(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    whole = hf_table([0, 1, 1])
+    folder = save_to_disk(tmp_path / "one", [whole])
+    arrow, state = folder / "data-00000-of-00001.arrow", folder / "state.json"
+
+    def refused(match):
+        with pytest.raises(ValueError, match=match):
+            open_source(folder)
+
+    content = arrow.read_bytes()
+    for share in (0, 0.1, 0.6):
+        arrow.write_bytes(content[: int(len(content) * share)])
+        refused("damaged")
+    arrow.unlink()
+    refused("damaged")
+    save_to_disk(folder, [pa.table({"text": ["a"], "number": [1]})], {})
+    refused("usual name")
+    save_to_disk(folder, [pa.table({"image": [[0, 1]], "label": [1]})], {})
+    refused("expected encoded images")
+    for name in ("../../secret.arrow", "/etc/passwd", "", "..", 7, None):
+        state.write_text(json.dumps({"_data_files": [{"filename": name}]}))
+        refused("not a file next to it")
+    for text, match in (
+        ("", "damaged"),
+        ("[]", "damaged"),
+        ("{}", "damaged"),
+        ('{"_data_files": []}', "no rows"),
+        ('{"_data_files": [3]}', "damaged"),
+        ('{"_data_files": [{"filename": "a"}], "_indices_data_files": [1]}', "flatten_indices"),
+        ("[" * 100_000, "damaged"),
+    ):
+        state.write_text(text)
+        refused(match)
+    for text, match in (
+        ('{"splits": ["../one"]}', "not a file next to it"),
+        ('{"splits": []}', "no splits"),
+        ('{"splits": 3}', "no splits"),
+    ):
+        (folder / "dataset_dict.json").write_text(text)
+        refused(match)
+
+
+def test_features_that_make_no_sense_are_ignored(tmp_path):
+    for features in (None, 3, [], {"img": 3}, {"label": {"_type": "ClassLabel", "names": 5}}):
+        folder = save_to_disk(tmp_path / "a", [hf_table([0, 1, 2])], features)
+        assert open_source(folder).class_names == ("0", "1", "2")
+    folder = save_to_disk(tmp_path / "a", [hf_table([0, 1, 2])])
+    assert "0 to 1" in reasons(open_source(folder))["row 2"]
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", hf_table([0]))
+    folder = save_to_disk(tmp_path / "b", [hf_table([0])])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for place in (path, folder):
+        with pytest.raises(ImportError, match=r"jaxpoison\[audit\]"):
+            open_source(place)
+
+
+# ---- tensorflow-datasets ----
+
+
+@pytest.mark.filterwarnings("ignore:.* images in .*, officially:UserWarning")
+def test_folders_of_tensorflow_datasets(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("array_record")
+    images = np.random.default_rng(0).integers(0, 256, (30, 28, 28, 1), np.uint8)
+    labels = (np.arange(30) % 10).astype(np.int32)
+    for part, rows in (("train", slice(20)), ("t10k", slice(20, 30))):
+        for kind, magic, values in (("images-idx3", 0x803, images), ("labels-idx1", 0x801, labels)):
+            values = values[rows].squeeze().astype(np.uint8)
+            header = np.array([magic, *values.shape], ">u4").tobytes()
+            table(tmp_path / f"{part}-{kind}-ubyte", header + values.tobytes())
+    prepare.prepare("mnist", tmp_path / "out", archives_dir=tmp_path)
+    folder = tmp_path / "out" / "mnist"
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"several parts .*split='t"):
+        open_source(folder)
+    source = open_source(folder, split="train")
+    assert len(source) == 20 and source.class_names == tuple("0123456789")
+    np.testing.assert_array_equal(np.bincount(source.labels), [2] * 10)
+    got = everything(source, size=28).images
+    assert {image.tobytes() for image in got} == {
+        np.repeat(image, 3, axis=2).tobytes() for image in images[:20]
+    }
+    np.testing.assert_array_equal(source.image(3), got[3])
+    assert source.fingerprint() == open_source(folder, split="train").fingerprint()
+    for options, match in (
+        ({"split": "val"}, "no such part"),
+        ({"split": "test", "label_column": "image"}, "label_column"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            open_source(folder, **options)
+    assert snapshot(tmp_path) == before

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpoison.audit import assemble, decisions, findings, plant, power, trained
+from jaxpoison.audit import assemble, decisions, findings, plant, power, trained, witness
 from jaxpoison.audit.checks import CHECKS
 from jaxpoison.audit.evidence import Evidence
 from jaxpoison.audit.measure import BATCH, foreign, measure, side
@@ -154,7 +154,10 @@ def _audit(
     stage = _Stage(check_writable(Path(folder) / "cache"), settings, tell)
     fingerprint = source.fingerprint()
     evidence, problems, rows = _measured(stage, source, fingerprint, embedding, "Reading images")
-    extra, extra_key = _trusted(stage, trusted, evidence, source, rows, decided, embedding)
+    white = witness.whitening(evidence.embedding)
+    embedding = embedding.then(white)
+    evidence = _whitened(stage, evidence, white, fingerprint)
+    extra, extra_key = _trusted(stage, trusted, evidence, decided, white)
     key = (fingerprint, extra_key, str(dataclasses.asdict(settings)), embedding.name)
     evidence = dataclasses.replace(evidence, trusted=extra)
     copy = _planted(stage, source, evidence, rows, embedding)
@@ -201,14 +204,31 @@ def _measured(stage, source, fingerprint, embedding, title):
     return measure(source, embedding, folder, progress=stage.progress(title))
 
 
-def _trusted(stage, trusted, evidence, source, rows, decided, embedding):
+def _whitened(stage, evidence, white, fingerprint):
+    """Returns evidence whose embedding is whitened, kept in a file that is mapped into memory."""
+    path = stage.folder("measure", fingerprint, foreign().name) / "white.npy"
+    if not path.exists():
+        unfinished = path.with_suffix(".unfinished")
+        array = np.lib.format.open_memmap(
+            unfinished, mode="w+", dtype=np.float32, shape=evidence.embedding.shape
+        )
+        for start in range(0, len(array), 8192):
+            block = slice(start, start + 8192)
+            array[block] = white(evidence.embedding[block])
+        array.flush()
+        unfinished.replace(path)
+    return dataclasses.replace(evidence, embedding=np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def _trusted(stage, trusted, evidence, decided, white):
     """Returns (trusted evidence or None, key): what was given, and what people called fine."""
     parts, keys = [], []
     if trusted is not None:
         pair = trusted if isinstance(trusted, tuple) else (trusted, None)
         given = as_source(*pair, "trusted", evidence.class_names)
         fingerprint = given.fingerprint()
-        found, _, _ = _measured(stage, given, fingerprint, embedding, "Reading trusted images")
+        found, _, _ = _measured(stage, given, fingerprint, foreign(), "Reading trusted images")
+        found = dataclasses.replace(found, embedding=white(found.embedding))
         parts.append(_in_classes(found, evidence.class_names))
         keys.append(fingerprint)
     if decided is not None:

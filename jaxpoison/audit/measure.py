@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,12 +33,17 @@ class Embedding(NamedTuple):
     Attributes:
       name: for the cache; another name is another witness.
       embed: uint8 [B, S, S, 3] -> float32 [B, D].
-      apply: the same of float images in [0, 1], to be traced and differentiated.
+      apply: the same, before any whitening, of float images in [0, 1]: for gradients.
     """
 
     name: str
     embed: Callable[[np.ndarray], np.ndarray]
     apply: Callable[[jax.Array], jax.Array]
+
+    def then(self, white: witness.Whitening) -> "Embedding":
+        """Returns the witness whose vectors are whitened; `apply` stays as it is."""
+        embed = self.embed
+        return self._replace(embed=lambda images: white(embed(images)))
 
 
 def foreign() -> Embedding:
@@ -156,7 +161,7 @@ class _Store:
 
     def evidence(self, source, rows):
         whole = len(rows) == len(self.state)
-        arrays = {name: x if whole else x[rows] for name, x in self.arrays.items()}
+        arrays: dict[str, Any] = {name: x if whole else x[rows] for name, x in self.arrays.items()}
         return Evidence(
             ids=np.asarray(source.ids)[rows],
             labels=np.asarray(source.labels, np.int32)[rows],

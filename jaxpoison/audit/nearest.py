@@ -12,12 +12,15 @@ import numpy as np
 from jaxpoison.audit.evidence import Evidence
 from jaxpoison.core import devices, loops
 
+_CHUNK = 8192  # rows of the embedding that are worked on at a time
 _ROWS = 256  # of the matrix of similarities that are held at a time
 _EXACT = jax.lax.Precision.HIGHEST
 MOST_EXACT = 200_000
 """Points up to which all of them are compared; above, `lax.approx_max_k` at a recall of 0.95."""
 COUNT = 50
 """Neighbors that `neighbors` finds."""
+WIDTH = 256
+"""Components of the embedding that `neighbors` compares."""
 
 T = TypeVar("T")
 
@@ -56,7 +59,7 @@ def copies_of(evidence: Evidence) -> np.ndarray:
 
 @once
 def neighbors(evidence: Evidence) -> Neighbors:
-    """Returns the `COUNT` nearest other images of each row, by cosine of the embedding.
+    """Returns the `COUNT` nearest other images of each row, by cosine of the `spread` embedding.
 
     Exact copies of a row are no neighbors of it, and exact copies with the same label count as one
     image: nobody outvotes others by copies.
@@ -64,10 +67,54 @@ def neighbors(evidence: Evidence) -> Neighbors:
     group = copies_of(evidence)
     pairs = group.astype(np.int64) * evidence.num_classes + evidence.labels
     _, points, place = np.unique(pairs, return_index=True, return_inverse=True)
-    embedding = np.asarray(evidence.embedding[points], np.float32)
+    embedding = spread(evidence, points)
     found = nearest(embedding, embedding, COUNT, own=(group[points], group[points]))
     rows = np.where(found.rows < 0, -1, points[found.rows]).astype(np.int32)
     return Neighbors(rows[place], found.similarity[place])
+
+
+class Principal(NamedTuple):
+    """The principal axes of the embedding.
+
+    Attributes:
+      mean: float32 [D].
+      values: float64 [D], variances along the axes, ascending.
+      basis: float32 [D, D], the axes in columns.
+    """
+
+    mean: np.ndarray
+    values: np.ndarray
+    basis: np.ndarray
+
+
+@once
+def principal(evidence: Evidence) -> Principal:
+    """Returns the principal axes of the embedding of all rows, a part of the rows at a time."""
+    embedding = evidence.embedding
+    num, width = embedding.shape
+    total, products = np.zeros(width), np.zeros((width, width))
+    for start in range(0, num, _CHUNK):
+        total += np.asarray(embedding[start : start + _CHUNK], float).sum(axis=0)
+    mean = (total / num).astype(np.float32)
+    for start in range(0, num, _CHUNK):
+        around = np.asarray(embedding[start : start + _CHUNK], np.float32) - mean
+        products += around.T @ around
+    values, basis = np.linalg.eigh(products / num)
+    return Principal(mean, np.maximum(values, 0), basis.astype(np.float32))
+
+
+def spread(evidence: Evidence, rows: np.ndarray) -> np.ndarray:
+    """Returns the main `WIDTH` components of rows, half way to equal variance, of unit length.
+
+    Directions that differ between photos and say nothing of what is on these images count for
+    less. On human labels of CIFAR-10, neighbors found so are better witnesses, and cost a fifth.
+    """
+    mean, values, basis = principal(evidence)
+    kept = np.arange(len(values))[::-1][:WIDTH]
+    kept = kept[values[kept] > 1e-6 * max(values[-1], 1e-12)]
+    around = np.asarray(evidence.embedding[rows], np.float32) - mean
+    around = around @ (basis[:, kept] / values[kept] ** 0.25).astype(np.float32)
+    return around / np.maximum(np.linalg.norm(around, axis=1, keepdims=True), 1e-12)
 
 
 def nearest(

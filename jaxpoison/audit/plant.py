@@ -170,13 +170,13 @@ def _blend(case, images):
     size = images.shape[1]
     coarse = case.random.uniform(0, 255, (8, 8, 3))
     pattern = coarse.repeat(-(-size // 8), 0).repeat(-(-size // 8), 1)[:size, :size]
-    return np.uint8(0.85 * images + 0.15 * pattern), np.full(len(images), case.target)
+    return (0.85 * images + 0.15 * pattern).astype(np.uint8), np.full(len(images), case.target)
 
 
 def _collision(case, images):
     """Projected gradient descent to the embedding of one image of another class; labels stay."""
     aims = case.random.choice(np.flatnonzero(case.labels != case.target), len(images))
-    goals = case.embedding.embed(case.read(aims))
+    goals = case.read(aims)
     return collide(case.embedding, images, goals), case.labels[case.rows]
 
 
@@ -186,20 +186,21 @@ def collide(embedding: Embedding, images: np.ndarray, goals: np.ndarray) -> np.n
     Args:
       embedding: to collide in.
       images: uint8 [B, P, P, 3].
-      goals: float32 [B, D], embeddings to come close to.
+      goals: uint8 [B, P, P, 3], images whose embeddings to come close to.
     """
     batch = 32
-    step = _descent(embedding.apply)
+    step, apply = _descent(embedding.apply), jax.jit(embedding.apply)
     out = []
     for start in range(0, len(images), batch):
         part, goal = images[start : start + batch], goals[start : start + batch]
         missing = batch - len(part)
         part, goal = (np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for x in (part, goal))
-        clean = jnp.float32(part) / 255
-        moved = clean
+        moved = clean = jnp.asarray(part, jnp.float32) / 255
+        aim = apply(jnp.asarray(goal, jnp.float32) / 255)
         for _ in range(COLLISION_STEPS):
-            moved = step(moved, clean, goal)
-        out.append(np.uint8(np.round(255 * np.asarray(moved)))[: batch - missing])
+            moved = step(moved, clean, aim)
+        rounded = np.round(255 * np.asarray(moved)).astype(np.uint8)
+        out.append(rounded[: batch - missing])
     return np.concatenate(out) if out else images
 
 

@@ -91,7 +91,7 @@ def _family(threat, checks, found, in_copy, planted):
     p = q = np.ones(data.shape[1])
     say = _with_a_say(recalls)
     if len(canaries) >= calibrate.LEAST and say:
-        model = calibrate.fit(data[say], copy[np.ix_(say, canaries)])
+        model = calibrate.fit(data[say], copy[say][:, canaries])
         p, share = calibrate.p_values(model, data[say]), model.share
         q = calibrate.benjamini_hochberg(p)
         each = {of_threat[j]: _own(data[j], copy[j, canaries]) for j in say}
@@ -108,9 +108,11 @@ def _family(threat, checks, found, in_copy, planted):
 def _matrix(names, found):
     """Returns float64 [J, N]; N is that of the checks that ran."""
     rows = next(
-        len(x.score if x.score is not None else x.flagged)
+        len(array)
         for x in found.values()
-        if isinstance(x, Scores) and (x.score is not None or x.flagged is not None)
+        if isinstance(x, Scores)
+        for array in (x.score, x.flagged)
+        if array is not None
     )
     return np.array([found[name].score for name in names], float).reshape(len(names), rows)
 
@@ -151,9 +153,9 @@ def _power(names, copy, canaries, others):
         if len(fitted) < calibrate.LEAST or not say:
             flagged.append(0.0)
             continue
-        model = calibrate.fit(copy[np.ix_(say, others)], copy[np.ix_(say, fitted)])
+        model = calibrate.fit(copy[say][:, others], copy[say][:, fitted])
         rows = np.concatenate([judged, others])
-        q = calibrate.benjamini_hochberg(calibrate.p_values(model, copy[np.ix_(say, rows)]))
+        q = calibrate.benjamini_hochberg(calibrate.p_values(model, copy[say][:, rows]))
         found += int(np.count_nonzero(q[: len(judged)] <= RATE))
         flagged.append(1000 * float(np.mean(q[len(judged) :] <= RATE)))
     return found, float(np.mean(flagged))

@@ -9,7 +9,9 @@ from jaxpoison.audit.evidence import Evidence
 
 _BITS = 12  # of 128 bits of the perceptual hashes that may differ
 _DIFFERENCE = 0.05  # 1 - correlation of gray pixels, at most
-_STANDS_OUT = 0.25  # how much less the difference must be than to other images that look alike
+_STANDS_OUT = 0.25  # how much less the difference is than between images of this class
+_RANK = 10  # of its neighbors by difference, the one that is no copy any more
+_SAMPLE = 4000  # images that tell what is usual in a class
 _FLAT = 2.0  # standard deviation of gray pixels below which there is nothing to correlate
 
 
@@ -29,42 +31,67 @@ def compare(mine: Evidence, theirs: Evidence, found: nearest.Neighbors) -> Pairs
     """Returns which neighbors in `theirs` are near copies of rows of `mine`.
 
     Of neighbors in the embedding, those with about the same perceptual hashes and about the same
-    pixels. Where all images look alike (digits), a copy is also much nearer than its surroundings:
-    than half of the ten last neighbors.
+    pixels. Where all images of a class look alike (digits), a copy is also much nearer than what is
+    usual between them.
     """
     rows, columns = np.nonzero(found.rows >= 0)
     others = found.rows[rows, columns]
     bits = np.bitwise_count(mine.hashes[rows] ^ theirs.hashes[others]).sum(axis=1)
     rows, others = rows[bits <= _BITS], others[bits <= _BITS]
-    difference = _differences(mine, theirs, rows, others)
-    near = difference <= _DIFFERENCE
-    rows, others, difference = rows[near], others[near], difference[near]
-    asked, back = np.unique(rows, return_inverse=True)
-    around = found.rows[asked, -10:]
-    typical = _differences(mine, theirs, np.repeat(asked, around.shape[1]), around.reshape(-1))
-    typical = np.where(around < 0, 1, typical.reshape(around.shape))
-    # Where a set is so small that the neighbors are all there is, the copies may be among them.
-    typical = np.median(typical, axis=1) if around.shape[1] == 10 else np.ones(len(asked))
-    near = difference <= _STANDS_OUT * typical[back]
+    ours = pixels(mine)
+    difference = _differences(ours, ours if theirs is mine else pixels(theirs), rows, others)
+    most = np.minimum(_DIFFERENCE, _STANDS_OUT * usual(mine))
+    near = difference <= most[mine.labels[rows]]
     return Pairs(np.stack([rows, others], axis=1)[near].astype(np.int32), difference[near])
 
 
-def _differences(mine, theirs, rows, others):
-    """Returns 1 - correlation of gray pixels of pairs, float32; 1 where an image is flat."""
-    found = np.ones(len(rows), np.float32)
-    for start in range(0, len(rows), 4096):
-        part = slice(start, start + 4096)
-        a, b = _standard(mine.images[rows[part]]), _standard(theirs.images[others[part]])
-        found[part] = 1 - np.einsum("nd,nd->n", a, b)
+@nearest.once
+def pixels(evidence: Evidence) -> np.ndarray:
+    """Returns gray pixels at half the resolution, centered, of unit length, float32 [N, 256].
+
+    0 for flat images, whose differences to all others are therefore 1.
+    """
+    num, size = evidence.images.shape[:2]
+    found = np.empty((num, (size // 2) ** 2), np.float32)
+    for start in range(0, num, 4096):
+        images = np.asarray(evidence.images[start : start + 4096])
+        gray = np.einsum("nhiwjc->nhw", images.reshape(-1, size // 2, 2, size // 2, 2, 3) / 12.0)
+        gray = gray.reshape(len(gray), -1) - gray.mean(axis=(1, 2))[:, None]
+        length = np.linalg.norm(gray, axis=1, keepdims=True)
+        flat = length < _FLAT * np.sqrt(gray.shape[1])
+        found[start : start + 4096] = np.where(flat, 0, gray / np.maximum(length, 1e-6))
     return found
 
 
-def _standard(images):
-    gray = images.mean(axis=-1, dtype=np.float32).reshape(len(images), -1)
-    gray -= gray.mean(axis=1, keepdims=True)
-    size = np.linalg.norm(gray, axis=1, keepdims=True)
-    flat = size < _FLAT * np.sqrt(gray.shape[1])
-    return np.where(flat, 0, gray / np.maximum(size, 1e-6))
+@nearest.once
+def usual(evidence: Evidence) -> np.ndarray:
+    """Returns the difference in pixels that is usual between neighbors of each class, float [K].
+
+    The median, over images of the class, of the tenth smallest difference: groups of up to ten near
+    copies do not change it, whatever their number.
+    """
+    group = nearest.copies_of(evidence)
+    rows = np.argsort(group, kind="stable")[:: -(-len(group) // _SAMPLE)]  # a sample by content
+    others = nearest.neighbors(evidence).rows[rows]
+    ours = pixels(evidence)
+    apart = _differences(ours, ours, np.repeat(rows, others.shape[1]), others.reshape(-1))
+    apart = np.sort(np.where(others < 0, 1, apart.reshape(others.shape)), axis=1)
+    # Too few neighbors tell nothing of what is usual.
+    tenth = apart[:, _RANK - 1] if others.shape[1] >= _RANK else np.ones(len(rows))
+    labels = evidence.labels[rows]
+    found = np.full(evidence.num_classes, np.median(tenth))
+    for label in np.unique(labels):
+        found[label] = np.median(tenth[labels == label])
+    return found
+
+
+def _differences(mine, theirs, rows, others):
+    """Returns 1 - correlation of gray pixels of pairs, float32."""
+    found = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), 16384):
+        part = slice(start, start + 16384)
+        found[part] = 1 - np.einsum("nd,nd->n", mine[rows[part]], theirs[others[part]])
+    return found
 
 
 @nearest.once

@@ -2,6 +2,29 @@
 
 `embed` is EfficientNet-Lite0, trained on ImageNet by others and kept inside the package. With
 `of_network` a user's own network takes its place; it is foreign only if it was trained elsewhere.
+
+Candidates on 3,000 training images each (`benchmarks/witness.py`): accuracy of the 10 nearest
+neighbors, and average precision of 2% flipped labels ranked by neighbors; images a second on one
+core of an EPYC, the fastest of all batches. "Whitened" is by `whitening`. Taken: 96 pixels, the
+means over stages 3 to 6 and the deviations of 3 to 5 ("+").
+
+| embedding | D | CIFAR-10 | whitened | MNIST | whitened | images/s |
+|---|---|---|---|---|---|---|
+| Lite0 at 96, head | 1280 | 0.759, 0.31 | 0.764, 0.36 | 0.878, 0.49 | 0.922, 0.73 | 600 |
+| Lite0 at 96, stage 6 | 320 | 0.769, 0.35 | 0.774, 0.33 | 0.894, 0.59 | 0.936, 0.77 | 600 |
+| Lite0 at 96, 3 to 6 | 704 | 0.762, 0.30 | 0.791, 0.37 | 0.922, 0.74 | 0.966, 0.88 | 600 |
+| Lite0 at 96, 3 to 6 + | 1088 | 0.761, 0.31 | 0.793, 0.35 | 0.936, 0.79 | 0.975, 0.91 | 600 |
+| Lite0 at 64, head | 1280 | 0.618, 0.17 | 0.645, 0.22 | 0.842, 0.41 | 0.902, 0.68 | 803 |
+| Lite0 at 64, stage 6 | 320 | 0.629, 0.17 | 0.630, 0.20 | 0.860, 0.51 | 0.913, 0.71 | 803 |
+| Lite0 at 64, 3 to 6 | 704 | 0.660, 0.19 | 0.682, 0.28 | 0.927, 0.76 | 0.962, 0.87 | 803 |
+| Lite0 at 64, 3 to 6 + | 1088 | 0.669, 0.19 | 0.693, 0.27 | 0.954, 0.77 | 0.974, 0.95 | 803 |
+| HOG | 324 | 0.463, 0.08 | 0.490, 0.09 | 0.954, 0.69 | 0.960, 0.83 | 27,556 |
+| fast_cnn, CIFAR-10 | 256 | (its own) | (its own) | 0.864, 0.39 | 0.936, 0.60 | 967 |
+
+With 60 flips an average precision is uncertain by several hundredths. 64 pixels instead of 96 cost
+a tenth of the accuracy on photographs, and nothing on digits. The choice itself was made on 10,000
+images each, at 96 pixels and whitened: with deviations 0.826, 0.44 on CIFAR-10 and 0.981, 0.94 on
+MNIST; without them 0.818, 0.42 and 0.975, 0.91.
 """
 
 import functools
@@ -60,7 +83,7 @@ def lite0_features(variables: Any, images: jax.Array) -> jax.Array:
     _, state = models.efficientnet_lite0().apply(
         variables, resized, method="features", mutable=["intermediates"]
     )
-    sown = state["intermediates"]["body"]
+    sown: Any = state["intermediates"]["body"]
     maps = [sown[f"stage{stage}"][0] for stage in range(len(sown))]
     parts = [maps[stage].mean(axis=(1, 2)) for stage in MEANS]
     parts += [_deviation(maps[stage]) for stage in DEVIATIONS]
@@ -86,9 +109,9 @@ class Whitening(NamedTuple):
 def whitening(embedding: np.ndarray, *, shrinkage: float = 1.0) -> Whitening:
     """Returns the map under which a set's embeddings are nearly white around zero.
 
-    Near neighbors agree far more often after it (table above). It knows no labels, and follows the
-    second moments of the whole set, which few images hardly move. Embed canaries and trusted images
-    with the map of the set under audit.
+    Near neighbors agree far more often after it. It knows no labels, and follows the
+    second moments of the whole set, which few images hardly move. Canaries and trusted images are
+    to be mapped as the set under audit is.
 
     Args:
       embedding: float32 [N, D]; may be memory-mapped, and is read in blocks.
@@ -101,7 +124,7 @@ def whitening(embedding: np.ndarray, *, shrinkage: float = 1.0) -> Whitening:
         raise ValueError("the embedding has no rows; whitening needs a set of images")
     blocks = [slice(start, start + 8192) for start in range(0, len(embedding), 8192)]
     total = sum(embedding[block].sum(axis=0, dtype=np.float64) for block in blocks)
-    mean = (total / len(embedding)).astype(np.float32)
+    mean = np.asarray(total / len(embedding), np.float32)
     covariance = np.zeros((embedding.shape[1],) * 2)
     for block in blocks:
         centered = embedding[block] - mean

@@ -131,9 +131,9 @@ class Clock(NamedTuple):
       num_steps: of this epoch, int32, shape ().
     """
 
-    epoch: jax.Array
-    steps_taken: jax.Array
-    num_steps: jax.Array
+    epoch: jax.typing.ArrayLike
+    steps_taken: jax.typing.ArrayLike
+    num_steps: jax.typing.ArrayLike
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -183,8 +183,8 @@ def _from_norm(update, kernel):
 def at_epoch(opt_state: optax.OptState, epoch: int, num_steps: int) -> optax.OptState:
     """Returns the state of `optimizer` at the start of an epoch of `num_steps` steps."""
     # Of NumPy: each clock of several gets buffers of its own, which a loop may donate.
-    epoch, num_steps = np.int32(epoch), np.int32(num_steps)
-    return optax.tree.set(opt_state, epoch=epoch, steps_taken=np.int32(0), num_steps=num_steps)
+    now = Clock(np.int32(epoch), np.int32(0), np.int32(num_steps))
+    return optax.tree.set(opt_state, **now._asdict())
 
 
 def _scale_by_clock(recipe, learning_rate):

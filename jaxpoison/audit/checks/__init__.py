@@ -2,20 +2,44 @@
 
 from jaxpoison.audit.checks import (
     centroids,
+    characteristic,
+    clustering,
+    confident,
     copies,
     crosslabel,
+    density,
+    early,
+    foreign,
+    harm,
+    layers,
     margins,
     neighbors,
+    odd,
     overlap,
+    shortcuts,
+    spectral,
+    witnesses,
 )
 from jaxpoison.audit.verdict import Check
 
 CHECKS: tuple[Check, ...] = (
+    odd.CHECK,
     copies.CHECK,
     overlap.CHECK,
     crosslabel.CHECK,
+    shortcuts.CHECK,
     neighbors.CHECK,
+    foreign.CHECK,
     margins.CHECK,
+    confident.CHECK,
+    witnesses.CHECK,
     centroids.CHECK,
+    characteristic.CHECK,
+    layers.CHECK,
+    spectral.CHECK,
+    clustering.CHECK,
+    density.CHECK,
+    early.CHECK,
+    harm.CHECK,
 )
 """All checks."""

@@ -47,6 +47,18 @@ def robust_z(values: np.ndarray) -> np.ndarray:
     return around / spread if spread > 0 else np.zeros_like(around)
 
 
+def unit_scale(values: np.ndarray) -> np.ndarray:
+    """Returns centered columns, float32 [N, F], by one number: mean variance 1, or 0."""
+    values = np.asarray(values, float)
+    size = np.sqrt(values.var(axis=0).mean())
+    return ((values - values.mean(axis=0)) / (size if size > 0 else 1.0)).astype(np.float32)
+
+
+def large_enough(evidence: Evidence) -> np.ndarray:
+    """Returns which rows are of classes with at least `LEAST` images, bool [N]."""
+    return np.bincount(evidence.labels, minlength=evidence.num_classes)[evidence.labels] >= LEAST
+
+
 def one_class(evidence: Evidence) -> NotRun | None:
     """Returns why labels cannot be compared, or None where at least two classes have images."""
     if len(np.unique(evidence.labels)) < 2:

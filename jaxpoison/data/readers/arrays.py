@@ -110,7 +110,7 @@ def as_labels(
     """
     numbers, classes = labels_.encode(labels, name)
     if class_names is not None:
-        names = tuple(map(str, np.asarray(class_names, object).reshape(-1)))
+        names = tuple(display_name(str(text)) for text in class_names)
         _check_names(names, name)
         if classes.dtype.kind in "US":
             position = {text: number for number, text in enumerate(names)}

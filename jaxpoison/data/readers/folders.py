@@ -20,7 +20,7 @@ PARTS = {
     "test": ("test", "testing", "eval"),
 }
 _MOST_DEPTH = 64
-_LINK = "This is a symbolic link, which is not followed unless asked for (follow_links)."
+LINK = "This is a symbolic link, which is not followed unless asked for (follow_links)."
 
 
 class Files:
@@ -141,7 +141,7 @@ class _Walk:
                     continue
                 if is_link and not self._follow_links:
                     if is_folder or extension in EXTENSIONS:
-                        self._add(name, _LINK)
+                        self._add(name, LINK)
                 elif is_folder:
                     folders.append(name)
                 elif extension in EXTENSIONS:

@@ -288,7 +288,7 @@ def check_some(ids: Sequence[str], name: str, problems: Sequence[Problem], advic
     """Raises a ValueError with the first problems if a source would have no image."""
     if ids:
         return
-    found = listing((f"{p.id or 'here'}: {p.reason}" for p in problems), 3, "; ")
+    found = listing((f"{p.id or 'here'}: {p.reason.rstrip('.')}" for p in problems), 3, "; ")
     found = f" What was left out: {found}." if problems else ""
     raise ValueError(f"{name} holds no image that can be read; {advice}.{found}")
 

@@ -58,13 +58,13 @@ def read(folder: Path, facts: catalogue.Entry) -> Original:
         ValueError: if the folder is damaged, not of this data set, or names code outside of TFDS.
     """
     tfds = import_tfds(f", or pass an .npz file as data_dir (reading {folder})")
-    _check_features(folder)
+    check_features(folder)
     try:
         # From the folder, not by name: any version that was prepared will do.
         builder = tfds.builder_from_directory(folder)
         sources = [builder.as_data_source(split=part) for part in ("train", "test")]
     except Exception as error:  # protobuf, json and TFDS raise many kinds for damaged files
-        raise _damaged(f"{facts.title} in {folder}", error) from error
+        raise damaged(f"{facts.title} in {folder}", error) from error
     train, test = (
         _read_records(source, f"{facts.title} {part} set in {folder}", facts, official)
         for source, part, official in zip(
@@ -87,7 +87,7 @@ def import_tfds(otherwise: str = "") -> Any:
     return require("tensorflow_datasets", extra="tfds", otherwise=otherwise)
 
 
-def _check_features(folder: Path) -> None:
+def check_features(folder: Path) -> None:
     """Raises a ValueError if features.json has TFDS import anything that is not its own."""
     path = folder / "features.json"
     for name in _class_names(_read_json(path)):
@@ -123,9 +123,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (ValueError, RecursionError, FileNotFoundError) as error:
-        raise _damaged(str(path), error) from error
+        raise damaged(str(path), error) from error
     if not isinstance(value, dict):
-        raise _damaged(str(path), TypeError(f"a {type(value).__name__}, not an object"))
+        raise damaged(str(path), TypeError(f"a {type(value).__name__}, not an object"))
     return value
 
 
@@ -144,7 +144,7 @@ def _read_records(records: Any, name: str, facts: catalogue.Entry, official: int
         images = np.stack([example["image"] for example in examples])
         labels = np.array([example["label"] for example in examples])
     except Exception as error:  # array_record and Pillow raise many types for damaged files
-        raise _damaged(name, error) from error
+        raise damaged(name, error) from error
     if images.dtype != np.uint8 or images.shape[1:] != facts.image_shape:
         raise ValueError(
             f"{name}: images are {images.dtype} {images.shape[1:]}, officially uint8 "
@@ -155,7 +155,7 @@ def _read_records(records: Any, name: str, facts: catalogue.Entry, official: int
     return dataset
 
 
-def _damaged(what: str, error: Exception) -> ValueError:
+def damaged(what: str, error: Exception) -> ValueError:
     return ValueError(
         f"{what} is not what TFDS writes and cannot be read ({type(error).__name__}: {error}); "
         "delete the folder and prepare it again"

@@ -1,0 +1,318 @@
+"""The audit from end to end, on real images: a pass, canaries, a report, the command."""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxpoison import cli
+from jaxpoison.audit import _audit, assemble, findings, measure, plant
+from jaxpoison.data import load_embedded
+from jaxpoison.data.readers import Source, open_source
+
+QUICK = _audit.Settings(quick=True)
+SOME = np.random.default_rng(0).standard_normal((3 * 8 * 8, 16)).astype(np.float32)
+
+
+def project(images):
+    """A linear embedding of 8x8 pixels, in place of a network: a second, not half a minute."""
+    small = jax.image.resize(images, (images.shape[0], 8, 8, 3), "linear")
+    features = (small.reshape(images.shape[0], 192) - 0.5) @ SOME
+    return features / jax.numpy.linalg.norm(features, axis=1, keepdims=True)
+
+
+projected = jax.jit(project)
+
+
+def embedding():
+    return measure.Embedding(
+        "projection", lambda images: np.asarray(projected(np.float32(images) / 255)), project
+    )
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_embedded("cifar10").train.take(np.arange(300))
+
+
+@pytest.fixture
+def source(images):
+    return Source.from_arrays(images.images, images.labels)
+
+
+@pytest.fixture
+def evidence(source, tmp_path):
+    return measure.measure(source, embedding(), tmp_path / "pass")[0]
+
+
+def test_evidence_is_that_of_the_images(images, evidence):
+    np.testing.assert_array_equal(evidence.images, images.images)
+    np.testing.assert_array_equal(evidence.labels, images.labels)
+    np.testing.assert_array_equal(evidence.sizes, 32)
+    np.testing.assert_allclose(evidence.embedding, embedding().embed(images.images), atol=1e-6)
+    assert len(np.unique(evidence.digests, axis=0)) == 300
+    assert list(evidence.ids[:2]) == ["row 0", "row 1"]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_pass_that_was_killed_goes_on(images, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "BATCH", 64)
+    whole, _, _ = measure.measure(source, embedding(), tmp_path / "whole")
+    seen = []
+
+    def kill(done, total):
+        seen.append(done)
+        if done == 128:
+            raise Killed
+
+    with pytest.raises(Killed):
+        measure.measure(source, embedding(), tmp_path / "part", progress=kill)
+    part, _, _ = measure.measure(
+        source, embedding(), tmp_path / "part", progress=lambda done, total: seen.append(done)
+    )
+    assert seen == [64, 128, 192, 256, 300]
+    for field in dataclasses.fields(whole):
+        if isinstance(getattr(whole, field.name), np.ndarray):
+            np.testing.assert_array_equal(getattr(whole, field.name), getattr(part, field.name))
+
+
+def test_perceptual_hashes_survive_a_change_of_brightness_and_not_of_the_image():
+    pictures = load_embedded("cifar10").test.images[:200]
+    hashes = measure.perceptual_hashes(pictures)
+    darker = measure.perceptual_hashes(np.uint8(0.8 * pictures))
+    bits = np.bitwise_count(hashes ^ darker).sum(1)
+    assert np.median(bits) <= 2
+    others = np.bitwise_count(hashes ^ np.roll(hashes, 1, axis=0)).sum(1)
+    assert np.median(others) > 40
+
+
+def test_a_hash_is_which_area_is_brighter():
+    ramp = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, :, None], (32, 32, 3))
+    (left_to_right, top_to_bottom), (flipped, _) = measure.perceptual_hashes(
+        np.stack([ramp, ramp[:, ::-1]])
+    )
+    assert left_to_right == 2**64 - 1 and flipped == 0 and top_to_bottom == 0
+
+
+@pytest.fixture
+def planted(source, evidence):
+    def read(rows):
+        unique, place = np.unique(rows, return_inverse=True)
+        return np.concatenate([b.images for b in source.batches(32, 64, rows=unique)])[place]
+
+    return plant.plant(evidence, read, embedding())
+
+
+def test_canaries_are_what_they_are_called(images, evidence, planted):
+    copy = planted.evidence
+    names, counts = np.unique(planted.threats, return_counts=True)
+    assert dict(zip(names, counts, strict=True)) == {t.name: 15 for t in plant.THREATS}
+    assert len(set(planted.rows)) == len(planted.rows)
+    rows = {name: planted.rows[planted.threats == name] for name in names}
+    old, new = evidence.labels, copy.labels
+    assert np.all(new[rows["flip"]] != old[rows["flip"]])
+    np.testing.assert_array_equal(copy.images[rows["flip"]], evidence.images[rows["flip"]])
+    target = np.bincount(old).argmax()
+    for name in ("patch", "blend"):
+        assert np.all(new[rows[name]] == target) and np.all(old[rows[name]] != target)
+    corner = copy.images[rows["patch"]][:, 28:31, 28:31]
+    assert np.all(corner == np.where(np.indices((3, 3)).sum(0) % 2 == 0, 255, 0)[..., None])
+    moved = np.abs(np.int32(copy.images[rows["patch"]]) - evidence.images[rows["patch"]])
+    assert moved[:, :28].max() == 0
+    blended = np.abs(np.int32(copy.images[rows["blend"]]) - evidence.images[rows["blend"]])
+    assert blended.mean() > 5 and blended.max() <= 0.15 * 255 + 1
+    # A copy is the same as an image of another class, to the last bit and in all evidence.
+    digests = {bytes(d): label for d, label in zip(evidence.digests, old, strict=True)}
+    for row in rows["copy"]:
+        assert digests[bytes(copy.digests[row])] != new[row]
+
+
+def test_collisions_come_close_in_few_pixel_values(images, evidence, planted):
+    rows = planted.rows[planted.threats == "collision"]
+    copy = planted.evidence
+    np.testing.assert_array_equal(copy.labels[rows], evidence.labels[rows])
+    moved = np.int32(copy.images[rows]) - evidence.images[rows]
+    assert 0 < np.abs(moved).max() <= 16
+    goals = evidence.embedding[evidence.labels != np.bincount(evidence.labels).argmax()]
+    before, after = (np.max(x.embedding[rows] @ goals.T, axis=1).mean() for x in (evidence, copy))
+    assert after > before
+
+
+def test_the_rest_of_the_copy_and_the_original_are_as_they_were(images, evidence, planted):
+    others = np.setdiff1d(np.arange(300), planted.rows)
+    for name in ("labels", "images", "embedding", "digests", "hashes"):
+        np.testing.assert_array_equal(
+            getattr(planted.evidence, name)[others], getattr(evidence, name)[others]
+        )
+    np.testing.assert_array_equal(evidence.images, images.images)
+
+
+@pytest.mark.parametrize("rows", [np.arange(15), np.zeros(1, int)])
+def test_nothing_is_planted_where_there_is_no_room(images, tmp_path, rows):
+    source = Source.from_arrays(images.images[rows], images.labels[rows])
+    found = measure.measure(source, embedding(), tmp_path)[0]
+    assert len(plant.plant(found, lambda rows: images.images[rows], embedding()).rows) == 0
+
+
+def test_class_wise_noise_is_one_pattern_for_a_class(images):
+    moved = np.int32(plant.classwise(images.images, images.labels)) - images.images
+    inside = (images.images > 8) & (images.images < 247)
+    for label in range(10):
+        mine, seen = moved[images.labels == label], inside[images.labels == label]
+        pattern = np.sign(mine.sum(0))
+        np.testing.assert_array_equal(mine[seen], np.broadcast_to(8 * pattern, mine.shape)[seen])
+
+
+def folder_of(images, place, count=120):
+    """Writes class folders of PNG files."""
+    for row in range(count):
+        path = place / f"class{images.labels[row]}" / f"{row:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images.images[row]).save(path)
+    return place
+
+
+def state(place):
+    return {
+        str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(place.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def folder(images, tmp_path):
+    place = folder_of(images, tmp_path / "photos")
+    for label, name in ((images.labels[0], "a"), ((images.labels[0] + 1) % 10, "b")):
+        path = place / f"class{label}" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(images.images[0]).save(path)
+    (place / "class0" / "broken.jpg").write_bytes(b"")
+    return place
+
+
+def test_the_command_audits_a_folder_and_cleans_it(folder, tmp_path):
+    """As a user does it, in a process of its own; the data stay as they are."""
+    before, out = state(folder), tmp_path / "out"
+    command = [sys.executable, "-m", "jaxpoison"]
+    audit = [*command, "audit", str(folder), "--out", str(out), "--quick"]
+    result = subprocess.run(audit, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert state(folder) == before
+    report = findings.read(out)
+    assert report.data.num_images == 122 and report.data.num_unreadable == 1
+    assert report.problems[0].id == "class0/broken.jpg"
+    labels = {finding.id for finding in report.findings if finding.kind == "label"}
+    assert any(id_.endswith("/a.png") for id_ in labels)
+    assert any(id_.endswith("/b.png") for id_ in labels)
+    assert "report.html" in result.stdout and (out / "report.html").stat().st_size > 10_000
+    kept = (out / "kept.txt").read_text().splitlines()
+    assert len(kept) == 122 - sum(finding.open for finding in report.findings)
+
+    clean = [*command, "clean", str(out), "--out", str(tmp_path / "clean")]
+    result = subprocess.run(clean, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(state(tmp_path / "clean")) == sorted(kept)
+
+    gate = ["--baseline", str(out / "findings.json"), "--fail-on", "new:label>0"]
+    assert subprocess.run([*audit, *gate], capture_output=True, cwd=tmp_path).returncode == 0
+    assert cli.main([*audit[3:], "--fail-on", "label>0"]) == 1
+
+
+def test_the_configuration_replays_the_audit(folder, tmp_path):
+    assert cli.main(["audit", str(folder), "--out", str(tmp_path / "a"), "--quick"]) == 0
+    config = tmp_path / "a" / "config.json"
+    assert cli.main(["audit", "--config", str(config), "--out", str(tmp_path / "b")]) == 0
+    first, second = (json.loads((tmp_path / x / "findings.json").read_text()) for x in "ab")
+    assert first == second
+
+
+def test_arrays_go_in_and_pandas_come_out(images):
+    result = _audit.audit(images.images, images.labels, settings=QUICK)
+    frame = result.to_pandas()
+    assert len(frame) == len(result.report.findings) and "q_value" in frame
+    assert result.flagged.shape == (300,)
+    assert not isinstance(result.evidence.images, np.memmap)
+
+
+def test_the_whole_audit_with_trusted_images(images, tmp_path):
+    """All stages, small: two epochs, so nothing is claimed of what they find."""
+    told = []
+    settings = dataclasses.replace(_audit.Settings(), epochs=2, worth=False)
+    trusted = load_embedded("cifar10").validation.take(np.arange(50))
+    result = _audit.audit(
+        images.images, images.labels, trusted=(trusted.images, trusted.labels),
+        settings=settings, folder=tmp_path, tell=lambda stage, *_: told.append(stage),
+    )  # fmt: skip
+    assert list(dict.fromkeys(told))[:4] == [
+        "Reading images", "Reading trusted images", "Planting known faults into a copy",
+        "Training on the data",
+    ]  # fmt: skip
+    assert result.evidence.trained.margins.shape == (2, 300)
+    assert result.evidence.trusted.trained.features.shape == (50, 128)
+    assert {power.threat for power in result.report.power} == {t.name for t in plant.THREATS}
+    assert {check.status for check in result.report.checks} <= {"ran", "not run"}
+    again = _audit.audit(
+        images.images, images.labels, trusted=(trusted.images, trusted.labels),
+        settings=settings, folder=tmp_path,
+    )  # fmt: skip
+    assert again.report == result.report
+
+
+def test_one_class_and_one_image_are_answered(images):
+    for rows in (np.flatnonzero(images.labels == images.labels[0]), np.zeros(1, int)):
+        result = _audit.audit(images.images[rows], images.labels[rows])
+        assert result.report.verdict in ("inconclusive", "review")
+        assert not result.report.power
+
+
+def test_trusted_images_of_other_classes_are_an_error(images):
+    with pytest.raises(ValueError, match="classes that the data have not"):
+        _audit.audit(
+            images.images, images.labels, settings=QUICK,
+            trusted=(images.images[:2], np.array(["owl", "hen"])),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["audit", "nowhere"], "nowhere"),
+        (["audit", ".", "--fail-on", "poison"], "is no rule"),
+        (["audit", ".", "--network", "mycode"], "MODULE:FUNCTION"),
+        (["audit", ".", "--out", "inside"], "inside of the data"),
+    ],
+)
+def test_bad_arguments_are_told_before_any_work(
+    arguments, message, images, tmp_path, monkeypatch, capsys
+):
+    folder_of(images, tmp_path, 3)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "inside").exists()
+
+
+def test_an_image_has_one_finding_and_labels_by_rule_come_first(source, tmp_path, images):
+    doubled = np.concatenate([images.images, images.images[:3]])
+    labels = np.append(images.labels, (images.labels[:3] + 1) % 10)
+    result = _audit.audit(doubled, labels, settings=QUICK)
+    rows = [finding.row for finding in result.report.findings]
+    assert len(rows) == len(set(rows))
+    assert {0, 1, 2, 300, 301, 302} <= set(rows[:8])
+    assert all(result.report.findings[place].severity == "high" for place in range(6))
+    all_kinds = assemble.kinds(result.judgement, len(labels))
+    assert sorted(rows) == list(np.flatnonzero(all_kinds != ""))
+
+
+def test_a_table_and_a_folder_are_read_alike(folder):
+    assert open_source(folder).class_names[0] == "class0"
