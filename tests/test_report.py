@@ -176,3 +176,10 @@ def test_page_says_what_could_not_be_found(folder):
     page = (folder / "report.html").read_text()
     assert "This audit could not have found" in page and "NOT RUN" in page
     assert "Feature collisions with clean labels" in page
+
+
+def test_page_shows_commands_that_a_shell_reads_as_they_are_meant(report, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    findings.write(report, "my photos-audit", ids=())
+    page = (tmp_path / "my photos-audit" / "report.html").read_text()
+    assert "jaxpoison clean &#39;my photos-audit&#39; --out &#39;my photos-clean&#39;" in page

@@ -61,8 +61,8 @@ def write(
       PermissionError, OSError: if the folder cannot be written to.
       ImportError: without Jinja2 (extra `audit`).
     """
+    html = page.html(report, folder=os.fspath(folder), most=most)
     folder = files.check_writable(folder)
-    html = page.html(report, folder=folder.name, most=most)
     dropped = {finding.id for finding in report.findings if finding.open}
     with files.replacing(folder / "kept.txt") as file:
         for id_ in ids:

@@ -58,7 +58,7 @@ def html(report: Report, *, folder: str = ".", most: int = 300) -> str:
 
     Args:
       report: what to show.
-      folder: the name of the report's folder, for the commands that the page shows.
+      folder: the report's folder as the user gave it, for the commands that the page shows.
       most: how many findings are drawn; those to be confirmed first always are.
 
     Raises:
@@ -79,6 +79,7 @@ def html(report: Report, *, folder: str = ".", most: int = 300) -> str:
         "count": "{:,}".format,
         "percent": _percent,
         "points": lambda change: f"{100 * change:+.1f}".replace("-", "\u2212"),
+        "begin": lambda text: text[:1].upper() + text[1:],
         "quoted": lambda text: _shown(shlex.quote(text)),
     }
     style, script = (
@@ -89,6 +90,7 @@ def html(report: Report, *, folder: str = ".", most: int = 300) -> str:
     return environment.get_template("report.html.jinja").render(
         report=report,
         folder=folder,
+        clean_folder=folder.removesuffix("-audit") + "-clean",
         style=style,
         script=script,
         policy=_policy(style, script),
