@@ -32,8 +32,8 @@ ALLOWED = {
     ),
     "evaluation": ("attacks", "data", "network", "training"),
     "audit": (
-        *("core", "curvature", "data", "defenses", "evaluation", "filters", "influence", "models"),
-        *("network", "runs", "solvers", "training"),
+        *("core", "data", "defenses", "evaluation", "filters", "models", "network", "runs"),
+        *("solvers", "training"),
     ),
     "cli": ("audit", "data", "runs"),
     "__main__": ("cli",),
