@@ -203,6 +203,12 @@ def test_bad_input():
         worth(*train[:2], None, {}, num_classes=10, num_seeds=1)
     with pytest.raises(ValueError, match="expected at least 2 of each"):
         worth(*train[:2], None, {"m": np.ones(40, bool)}, num_classes=10)
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        worth(train.images, train.labels * 0, None, {}, num_classes=1)
+    with pytest.raises(ValueError, match="training set: images are float32"):
+        worth(train.images / np.float32(255), train.labels, None, {}, num_classes=10)
+    with pytest.raises(ValueError, match="same size"):
+        worth(*train[:2], train._replace(images=train.images[:, 1:]), {}, num_classes=10)
     with pytest.raises(ValueError, match="trusted set"):
         worth(*train[:2], train._replace(labels=train.labels + 10), {}, num_classes=10)
 

@@ -22,7 +22,7 @@ from jaxpoison.audit.trained import RECIPE, epoch_program
 from jaxpoison.core import devices
 from jaxpoison.core.checks import check_count
 from jaxpoison.core.files import check_writable, read_npz, replacing
-from jaxpoison.data import Dataset, check
+from jaxpoison.data import Dataset, check, check_alike
 from jaxpoison.defenses.squeezing import LUMA, compress
 from jaxpoison.evaluation.statistics import crossed_mean
 from jaxpoison.network import as_network, predict, shared
@@ -123,8 +123,9 @@ def worth(
     Args:
       images: uint8 [N, S, S, 3] in 0..255, S at least 16; of more than 10,000, so many are drawn.
       labels: int32 [N], in [0, K).
-      trusted: images of the same size whose labels are right, to measure on; up to 2,000 are. None
-        holds out a fifth of the images that no removal flags, which favors removals a little.
+      trusted: images of the same size whose labels are right (a `Dataset`, or anything with its
+        `images` and `labels`), to measure on; up to 2,000 are. None holds out a fifth of the images
+        that no removal flags, which favors removals a little.
       removals: {name: bool [N]}, True for the images to leave out.
       num_classes: K, at least 2.
       seed: of the first training, and of what is drawn.
@@ -134,7 +135,8 @@ def worth(
       progress: called after each training as `progress(finished, all)`.
 
     Raises:
-      ValueError: for images, labels or masks that do not fit.
+      ValueError: for images, labels or masks that do not fit, or fewer than two classes or seeds.
+      DivergedError: if a training's loss is not finite.
     """
     work, masks, notes = _prepared(images, labels, trusted, removals, num_classes, seed, epochs)
     if num_seeds is None:
@@ -152,8 +154,9 @@ def worth(
 def _prepared(images, labels, trusted, removals, num_classes, seed, epochs):
     """Returns (`_Work`, masks of its rows, notes)."""
     check_count(num_classes=num_classes)
-    dataset = Dataset(np.asarray(images), np.asarray(labels, np.int32))
-    check(dataset, num_classes)
+    if num_classes == 1:
+        raise ValueError("num_classes is 1: there is nothing to learn; expected at least 2 classes")
+    dataset = _checked(images, labels, num_classes, "training set")
     masks = {name: np.asarray(mask) for name, mask in removals.items()}
     for name, mask in masks.items():
         if mask.dtype != bool or mask.shape != dataset.labels.shape:
@@ -175,10 +178,10 @@ def _prepared(images, labels, trusted, removals, num_classes, seed, epochs):
             "nothing flagged, which were held out. That favors removals a little."
         )
     else:
-        held_out = Dataset(np.asarray(trusted.images), np.asarray(trusted.labels, np.int32))
-        check(held_out, num_classes, "trusted set")
-        held_out = held_out.take(rng.permutation(len(held_out.labels))[:MOST_HELD_OUT])
-        known, found = set(_digests(trusted.images)), _digests(dataset.images)
+        whole = _checked(trusted.images, trusted.labels, num_classes, "trusted set")
+        check_alike(whole, dataset, num_classes)
+        held_out = whole.take(rng.permutation(len(whole.labels))[:MOST_HELD_OUT])
+        known, found = set(_digests(whole.images)), _digests(dataset.images)
         rows = rows[[found[row] not in known for row in rows]]
         if len(rows) < len(dataset.labels):
             notes.append(
@@ -201,6 +204,18 @@ def _prepared(images, labels, trusted, removals, num_classes, seed, epochs):
         num_steps = max(1, epochs * len(rows) // BATCH_SIZE)
     work = _Work(dataset.take(rows), held_out, trusted is not None, num_classes, num_steps)
     return work, {name: mask[rows] for name, mask in masks.items()}, notes
+
+
+def _checked(images, labels, num_classes, name):
+    """Returns a set of 8-bit color images, checked."""
+    dataset = Dataset(np.asarray(images), np.asarray(labels, np.int32))
+    check(dataset, num_classes, name)
+    if dataset.images.dtype != np.uint8 or dataset.images.shape[-1] != 3:
+        raise ValueError(
+            f"{name}: images are {dataset.images.dtype} {dataset.images.shape}; expected uint8 "
+            "[N, S, S, 3], as Evidence has them"
+        )
+    return dataset
 
 
 def _digests(images):
@@ -250,7 +265,7 @@ def _measured(work, ways, seeds, folder, progress):
     for way in ways:
         hits[way.name] = np.full((len(seeds), len(work.held_out.labels)), np.nan)
         for index, seed in enumerate(seeds):
-            entry = f"{way.name}|{hashlib.sha256(way.keep.tobytes()).hexdigest()[:16]}|{seed}"
+            entry = _entry(way, index, seed)
             half = _half(work.held_out.labels, index) if way.adds_trusted else None
             if entry not in kept.entries:
                 if way.squeeze not in images:
@@ -263,6 +278,12 @@ def _measured(work, ways, seeds, folder, progress):
             if progress is not None:
                 progress(finished, len(ways) * len(seeds))
     return hits
+
+
+def _entry(way, index, seed):
+    """Returns under which name a training is kept; which half it leaves out goes by its index."""
+    what = f"{way.squeeze} {way.adds_trusted and index % 2} {seed}".encode()
+    return hashlib.sha256(what + way.keep.tobytes()).hexdigest()[:32]
 
 
 def _hits(work, images, keep, half, seed):
