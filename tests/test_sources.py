@@ -597,6 +597,16 @@ def test_empty_and_missing_places_are_clear_errors(tmp_path):
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(ValueError, match=advice):
             open_source(tmp_path / name)
+    for name in ("a.csv", "a.npz", "a.parquet"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match="no regular file"):
+            open_source(tmp_path / name)
+    with pytest.raises(TypeError, match="split must be"):
+        open_source(tmp_path, split=0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="path is empty"):
+        open_source("")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_source("a" * 5000)
     with pytest.raises(ValueError, match="max_pixels must be at least 1"):
         open_source(tmp_path, max_pixels=0)
 

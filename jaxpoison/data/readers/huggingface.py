@@ -154,7 +154,11 @@ def _data_files(folder: Path, state: dict[str, Any]) -> list[Path]:
         raise _damaged(folder / "state.json", error) from error
     if not names:
         raise ValueError(f"{folder} holds no rows")
-    return [folder / _inside(name, folder / "state.json") for name in names]
+    files = [folder / _inside(name, folder / "state.json") for name in names]
+    for file in files:
+        if not file.is_file():
+            raise _damaged(file, FileNotFoundError("it is no regular file"))
+    return files
 
 
 def _inside(name: Any, source: Path) -> str:
@@ -183,6 +187,8 @@ def _table(file: Path) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file():
+            raise FileNotFoundError("it is no regular file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, FileNotFoundError) as error:
         raise _damaged(path, error) from error

@@ -52,9 +52,14 @@ def open_source(
         PermissionError: if it may not be read.
         ValueError: for what is none of these, is damaged as a whole, has no readable image, lacks a
             column, or where `split` is needed; the message says what was found.
+        TypeError: for a split that is no text.
         ImportError: for Parquet, Hugging Face or tensorflow-datasets, if the extra is missing.
     """
     check_count(max_pixels=max_pixels)
+    if split is not None and not isinstance(split, str):
+        raise TypeError(f"split must be the name of a part, such as 'train', got {split!r}")
+    if not os.fspath(path):
+        raise ValueError(f"path is empty; expected {_READ}")
     place = Path(path).expanduser()
     try:
         kind = _kind(place)
@@ -119,15 +124,17 @@ def _check_options(
 
 def _kind(place: Path) -> str:
     """Returns the name of the reader, or raises for what none can read."""
-    if place.is_dir():
+    if os.path.isdir(place):
         if huggingface.is_saved(place):
             return "huggingface"
         if records.find(place) is not None:
             return "tfds"
         return "parquet" if parquet.parquet_files(place) else "images"
-    if not place.exists():
-        what = "is a link that leads nowhere" if place.is_symlink() else "does not exist"
+    if not os.path.exists(place):  # False, unlike Path's, for names that are too long
+        what = "is a link that leads nowhere" if os.path.islink(place) else "does not exist"
         raise FileNotFoundError(f"{place} {what}; expected {_READ}")
+    if not place.is_file():  # a pipe would be waited for, a device read forever
+        raise ValueError(f"{place} is no regular file; expected {_READ}")
     extension = place.suffix.lower()
     if extension == ".npz":
         return "npz"

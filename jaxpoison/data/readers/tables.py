@@ -33,7 +33,7 @@ def open_csv(
     paths, values, reasons = [], [], {}
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            first = file.readline()
+            first = file.readline(1 << 16)
             file.seek(0)
             delimiter = max(",;\t", key=first.count)
             reader = csv.reader(file, delimiter=delimiter, strict=True)
