@@ -131,11 +131,7 @@ def _kind(place: Path) -> str:
             return "tfds"
         return "parquet" if parquet.parquet_files(place) else "images"
     if not os.path.exists(place):  # False, unlike Path's, for names that are too long
-<<<<<<< HEAD
-        what = "is a link that leads nowhere" if place.is_symlink() else "does not exist"
-=======
         what = "is a link that leads nowhere" if os.path.islink(place) else "does not exist"
->>>>>>> audit-readers
         raise FileNotFoundError(f"{place} {what}; expected {_READ}")
     if not place.is_file():  # a pipe would be waited for, a device read forever
         raise ValueError(f"{place} is no regular file; expected {_READ}")
