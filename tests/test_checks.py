@@ -375,10 +375,10 @@ def test_shortcuts_are_seen_by_trusted_images():
     """A patch survives JPEG, and a witness this good hides it; trusted images do not have it."""
     evidence = make(num=400)
     images = evidence.images.copy()
-    for label in range(CLASSES):
-        images[evidence.labels == label, 8 * label : 8 * label + 8, :8] = 128
+    patches = np.random.default_rng(1).integers(0, 256, (CLASSES, 8, 8, 3))
+    images[:, :8, :8] = patches[evidence.labels]
     evidence = with_images(evidence, images)
-    assert not run("shortcuts", dataclasses.replace(evidence)).whole.flagged
+    assert not run("shortcuts", evidence).whole.flagged
     found = run("shortcuts", dataclasses.replace(evidence, trusted=trusted_of())).whole
     assert found.flagged and "of the trusted ones" in found.reason
 
@@ -436,9 +436,9 @@ def test_a_tight_cluster_in_a_class_comes_first(name):
 def test_density_and_early_put_their_faults_first():
     evidence, rng = make(), np.random.default_rng(2)
     embedding = evidence.embedding.copy()
-    embedding[5] = unit(rng.normal(size=(1, 16)))[0]
+    embedding[5] = unit(-embedding.mean(axis=0) + rng.normal(size=(1, 16)))[0]
     found = run("density", dataclasses.replace(evidence, embedding=embedding))
-    assert np.argmax(found.score) == 5
+    assert 5 in np.argsort(-found.score)[:5]
     losses = evidence.trained.losses.copy()
     losses[0, 8] = 1e-6
     trained = evidence.trained._replace(losses=losses)

@@ -8,6 +8,8 @@ from jaxpoison.audit import nearest
 from jaxpoison.audit.evidence import Evidence
 
 _CHUNK = 8192
+WIDTH = 512
+"""Principal components of the embedding that the classifier sees."""
 _STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the penalty, in mean eigenvalues
 _SHARPNESS = np.geomspace(1, 40, 24)
 MOST = 2**28
@@ -37,22 +39,24 @@ def predictions(evidence: Evidence) -> Predictions:
     labels, classes = evidence.labels, evidence.num_classes
     num = len(labels)
     mean, values, basis = nearest.principal(evidence)
-    values = values * num
+    values, basis = num * values[-WIDTH:], basis[:, -WIDTH:]
     share = np.bincount(labels, minlength=classes) / num
+    rotated = np.empty((num, len(values)), np.float32)
     coefficients = np.zeros((len(values), classes))
     for start in range(0, num, _CHUNK):
-        rotated = (evidence.embedding[start : start + _CHUNK] - mean) @ basis
-        coefficients += rotated.T.astype(float) @ _one_hot(labels[start : start + _CHUNK], share)
+        rows = slice(start, start + _CHUNK)
+        rotated[rows] = (np.asarray(evidence.embedding[rows], np.float32) - mean) @ basis
+        coefficients += rotated[rows].T @ _one_hot(labels[rows], share)
     inverse = _inverse(values, coefficients, float(num * (1 - (share**2).sum())), num)
     weights = (inverse[:, None] * coefficients).astype(np.float32)
     scores = np.empty((num, classes), np.float32)
     for start in range(0, num, _CHUNK):
         rows = slice(start, start + _CHUNK)
-        rotated = (evidence.embedding[rows] - mean) @ basis
-        leverage = np.minimum(1 / num + rotated**2 @ inverse.astype(np.float32), 0.999)[:, None]
+        leverage = 1 / num + rotated[rows] ** 2 @ inverse.astype(np.float32)
+        leverage = np.minimum(leverage, 0.999)[:, None]
         target = _one_hot(labels[rows], share)
         # The mean of the targets is fitted as well, and left out with the row.
-        scores[rows] = share + (rotated @ weights - leverage * target) / (1 - leverage)
+        scores[rows] = share + (rotated[rows] @ weights - leverage * target) / (1 - leverage)
     return Predictions(scores, _probabilities(scores, labels))
 
 

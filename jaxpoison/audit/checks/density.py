@@ -7,7 +7,8 @@ from jaxpoison.audit.checks import common
 from jaxpoison.audit.evidence import Evidence
 from jaxpoison.audit.verdict import Check, NotRun, Scores
 
-_LEAST = 20  # different images, for a local density
+_COUNT = 20
+_LEAST = 25  # different images, for a local density
 
 
 def _score(evidence: Evidence) -> Scores | NotRun:
@@ -19,14 +20,13 @@ def _score(evidence: Evidence) -> Scores | NotRun:
     if len(np.unique(nearest.copies_of(evidence))) < _LEAST:
         return NotRun(f"There are fewer than {_LEAST} different images, too few for a density.")
     found = nearest.neighbors(evidence)
-    known = found.rows >= 0
-    distance = np.sqrt(np.maximum(2 - 2 * np.where(known, found.similarity, 1), 1e-12)).astype(
-        float
-    )
+    rows, similarity = found.rows[:, :_COUNT], found.similarity[:, :_COUNT].astype(float)
+    known = rows >= 0
+    distance = np.sqrt(np.maximum(2 - 2 * np.where(known, similarity, 1), 1e-12))
     last = distance.max(axis=1)
     steps = np.log(np.maximum(distance / last[:, None], 1e-6)) * known
     dimension = -known.sum(axis=1) / np.minimum(steps.sum(axis=1), -1e-6)
-    theirs = np.where(known, found.rows, 0)
+    theirs = np.where(known, rows, 0)
     ratio = dimension[theirs] * np.log(last[:, None] / last[theirs])
     ratio = np.where(known, ratio, -np.inf)
     most = ratio.max(axis=1)
@@ -43,7 +43,7 @@ def _score(evidence: Evidence) -> Scores | NotRun:
     return Scores(
         common.bounded(common.scaled(sparse)),
         reason_for,
-        related=lambda row: found.rows[row, :10][known[row, :10]],
+        related=lambda row: rows[row][known[row]],
     )
 
 
@@ -51,7 +51,7 @@ CHECK = Check(
     name="density",
     title="In a thin place",
     kind="poison",
-    cannot_see="Poisons among many images of their look, and in groups as large as 50.",
+    cannot_see="Poisons among many images of their look, and in groups as large as 20.",
     score=_score,
     threats=("collision", "patch", "blend"),
 )
