@@ -92,7 +92,7 @@ MNIST = Recipe(
     flip=False,
 )
 FAST = Recipe(
-    epochs=12,
+    epochs=18,
     batch_size=512,
     learning_rate=0.12,
     momentum=0.8,
