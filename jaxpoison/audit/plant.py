@@ -102,9 +102,9 @@ def plant(
     fields = {}
     for name, value in values.items():
         field = getattr(evidence, name)
-        value[copies] = field[sources]
         fields[name] = np.array(field)
         fields[name][rows] = value
+        fields[name][rows[copies]] = field[sources]
     changed = dataclasses.replace(evidence, labels=labels, trained=None, **fields)
     return Planted(changed, rows, threats)
 

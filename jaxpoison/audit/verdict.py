@@ -74,7 +74,7 @@ class Check:
     score: Callable[[Evidence], Scores | NotRun]
     """The check itself."""
     threats: tuple[str, ...] = ()
-    """Canaries that calibrate its threshold (`power.THREATS`); empty if it decides by rule."""
+    """Canaries that it should find (`plant.THREATS`); a threshold is calibrated by them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
