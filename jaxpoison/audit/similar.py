@@ -9,7 +9,7 @@ from jaxpoison.audit.evidence import Evidence
 
 _BITS = 12  # of 128 bits of the perceptual hashes that may differ
 _DIFFERENCE = 0.05  # 1 - correlation of gray pixels, at most
-_STANDS_OUT = 0.25  # how much less the difference is than between images of this class
+_STANDS_OUT = 0.07  # how much less the difference is than between images of this class
 _RANK = 10  # of its neighbors by difference, the one that is no copy any more
 _SAMPLE = 4000  # images that tell what is usual in a class
 _FLAT = 2.0  # standard deviation of gray pixels below which there is nothing to correlate
