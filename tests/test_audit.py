@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -264,6 +265,15 @@ def test_arrays_go_in_and_pandas_come_out(images):
     assert len(frame) == len(result.report.findings) and "q_value" in frame
     assert result.flagged.shape == (300,)
     assert not isinstance(result.evidence.images, np.memmap)
+
+
+def test_the_example_of_the_guide():
+    guide = (Path(__file__).parents[1] / "docs" / "audit.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", guide, re.M | re.S)
+    names = {}
+    exec(compile(block, "docs/audit.md", "exec"), names)  # this repository's own text
+    assert len(names["clean"]) == 300 - names["result"].flagged.sum()
+    assert len(names["findings"]) == len(names["result"].report.findings)
 
 
 def test_the_whole_audit_with_trusted_images(images, tmp_path):

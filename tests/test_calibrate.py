@@ -115,3 +115,13 @@ def test_q_values_are_those_of_scipy():
 def test_recall_at_one_percent():
     scores = np.arange(1000.0)
     assert calibrate.recall(scores, np.array([988.0, 990.5, 2000.0, np.nan])) == 0.5
+
+
+def test_superiority_is_the_area_under_the_curve():
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(0)
+    canaries, others = random.integers(0, 9, 30) + 2.0, random.integers(0, 9, 200) + 0.0
+    truth = np.repeat([1, 0], [30, 200])
+    wanted = metrics.roc_auc_score(truth, np.concatenate([canaries, others]))
+    assert calibrate.superiority(canaries, others) == pytest.approx(wanted)
+    assert calibrate.superiority(np.array([np.nan]), others) == 0.5

@@ -55,6 +55,18 @@ def test_faults_are_flagged_and_others_are_not():
     assert list(result.each) == ["good"]
 
 
+def test_scores_of_the_copy_may_have_another_scale():
+    faulty, copy = range(3_000, 3_050), planted(count=100)
+    found = {"good": scored(normal(0, faulty)), "useless": scored(normal(1))}
+    there = normal(2, [*faulty, *copy.rows])
+    results = [
+        family(found, {"good": scored(scale * there), "useless": scored(normal(3))}, copy=copy)
+        for scale in (1.0, 0.25)
+    ]
+    np.testing.assert_allclose(results[0].p, results[1].p, rtol=1e-3)
+    assert results[1].flagged[list(faulty)].mean() > 0.85
+
+
 def test_clean_data_stay_clean():
     copy = planted()
     result = family(
@@ -95,7 +107,8 @@ def test_two_weak_checks_find_more_than_one():
 
     def run(names):
         found = {n: scored(normal(i, faulty, 2.5)) for i, n in enumerate(names)}
-        there = {n: scored(normal(9 + i, copy.rows, 2.5)) for i, n in enumerate(names)}
+        rows = [*faulty, *copy.rows]
+        there = {n: scored(normal(9 + i, rows, 2.5)) for i, n in enumerate(names)}
         result = family(found, there, checks=tuple(map(check, names)), copy=copy)
         return result.flagged[list(faulty)].mean()
 

@@ -258,8 +258,8 @@ def _result(judgement, check, found):
             f"At one false alarm in a hundred it finds {100 * recalls[best]:.0f}% of the images "
             f"with this planted: {best}."
         )
-        if recalls[best] < power.LEAST_POWER:
-            reason += " That is too little: it has no say in the findings."
+        if not any(check.name in family.each for family in judgement.families):
+            reason += " It ranks them too low to have a say in the findings."
     elif check.threats:
         reason = "Nothing could be planted to calibrate it, so it flags nothing."
     else:

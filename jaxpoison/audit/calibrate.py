@@ -46,12 +46,15 @@ class Model(NamedTuple):
     tail: np.ndarray
 
 
-def fit(images: np.ndarray, canaries: np.ndarray) -> Model:
+def fit(images: np.ndarray, canaries: np.ndarray, among: np.ndarray | None = None) -> Model:
     """Returns how to read scores, of which an unknown share is like those of the canaries.
 
     Args:
       images: float [J, N], higher is worse; NaN speaks neither for nor against a fault.
       canaries: float [J, C], C >= LEAST, scores of images that surely have the fault.
+      among: float [J, M], scores of the images that the canaries were planted among, where the
+        checks ran on a copy: scores of two runs may differ in scale, so the rank of a canary is
+        that in its own run. None if that is `images`.
 
     Returns:
       Tails of at least 1 / (N + 1): no image is rarer than one among those that were seen.
@@ -65,7 +68,8 @@ def fit(images: np.ndarray, canaries: np.ndarray) -> Model:
     if np.isnan(images).all():
         raise ValueError("no image has a score: nothing to calibrate")
     references = np.sort(images, axis=1)
-    ours, theirs = normal_scores(references, images), normal_scores(references, canaries)
+    surroundings = references if among is None else np.sort(among, axis=1)
+    ours, theirs = normal_scores(references, images), normal_scores(surroundings, canaries)
     weights, offset, share = _maximum_likelihood(ours, theirs)
     values = weights @ ours
     honest = 1 - expit(logit(share) + offset + values)
@@ -164,3 +168,15 @@ def recall(scores: np.ndarray, canaries: np.ndarray, false_alarms: float = 0.01)
     threshold = np.quantile(scores, 1 - false_alarms, method="higher")
     # NaN compares false: a canary that a check cannot judge is one that it did not find.
     return float(np.mean(canaries > threshold))
+
+
+def superiority(canaries: np.ndarray, others: np.ndarray) -> float:
+    """Returns the probability that a canary has a higher score than another image (the AUC).
+
+    A score that is missing is as good as a coin: it counts one half against all.
+    """
+    known = np.sort(others[~np.isnan(others)])
+    if not len(known) or not len(canaries):
+        return 0.5
+    places = [np.searchsorted(known, canaries, side=side) for side in ("left", "right")]
+    return float(np.mean(np.where(np.isnan(canaries), 0.5, sum(places) / 2 / len(known))))
