@@ -268,10 +268,7 @@ def test_an_experiment_of_two_processes_killed_and_continued_gives_the_numbers_o
     for line, want in wanted.items():
         for name in want.keys() - {name for name in want if name.endswith("seconds")}:
             # Sums are taken in another order, and sixteen steps of training carry that on.
-            # On some processors that is 0.7% of single examples' steps, of which there are
-            # quantiles, and one of 64 predictions.
-            relative = 1e-2 if name.startswith("step_") else 1e-3
-            tolerance = 1.1 / 64 if name.endswith("accuracy") else relative * abs(want[name])
+            tolerance = 2e-3 if name.endswith("accuracy") else 1e-3 * abs(want[name])
             if name != "residual":
                 assert got[line][name] == pytest.approx(want[name], abs=tolerance), (line, name)
     update = got["seed0-p1-hint", 1]
@@ -281,10 +278,9 @@ def test_an_experiment_of_two_processes_killed_and_continued_gives_the_numbers_o
     poisons = [np.load(run_dir / "poisons" / "seed0-p1.npz") for run_dir in (one, two[0])]
     for name in ("labels", "attack_id"):
         np.testing.assert_array_equal(poisons[1][name], poisons[0][name])
-    # A gradient's sign may turn at a pixel where it is zero but for rounding: at 0.1% of them on
-    # Intel's processors, at 5% on AMD's. Of unrelated gradients, half of the signs differ.
+    # A gradient's sign may turn at a pixel where it is zero but for rounding.
     moved = np.abs(poisons[1]["images"] - poisons[0]["images"]) > 1e-5
-    assert np.mean(moved) < 0.1
+    assert np.mean(moved) < 1e-3
 
 
 def test_one_set_of_files_is_written_and_one_process_prints(one, two):
