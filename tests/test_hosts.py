@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import numpy as np
 import problems
 import pytest
 
-from jaxpoison import curvature, influence, runs, solvers
+from jaxpoison import attacks, curvature, data, influence, models, runs, solvers
 from jaxpoison.core import devices, hosts
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +128,19 @@ def influences(problem_fn, solver, place):
     return compute(problem.params, group, train, jax.random.key(0))
 
 
+def clean_network():
+    """Returns the MNIST CNN with weights drawn from a key, and images and labels to attack."""
+    model, train = models.mnist_cnn(), data.load_embedded("mnist").train
+    images, labels = data.to_float(train.images[:64]), jax.numpy.asarray(train.labels[:64])
+    return (model, model.init(jax.random.key(0), images)), images, labels
+
+
+def craft(num_steps):
+    """Returns PGD's images after some steps, crafted on all devices of all processes."""
+    attack = attacks.pgd(epsilon=0.3, num_steps=num_steps)
+    return devices.to_host(attack.craft(jax.random.key(1), *clean_network()))
+
+
 def child(address, process_id, folder):
     """What each process does: rank and size from the command line, results to `folder`."""
     hosts.SHARED_SECONDS = 0.5
@@ -143,6 +157,7 @@ def child(address, process_id, folder):
                 strict=True,
             ):
                 results[f"{name} {value}"] = devices.to_host(array)
+        results |= {f"crafted {steps}": craft(steps) for steps in (1, 10)}
         check_placement(mesh, rank)
         check_errors_reach_all(mesh, rank)
         with pytest.raises(ValueError, match=r"process 1: .* other settings .* beta: 1; .* 0"):
@@ -223,13 +238,35 @@ def test_influence_over_two_processes_is_that_of_one(over_two_processes, case):
         assert over_two_processes[f"{case} residual"] < 1e-5
 
 
+def test_poisons_crafted_by_two_processes_are_those_of_one(over_two_processes):
+    # A gradient's sign may turn at a pixel where it is zero but for rounding.
+    moved = np.abs(over_two_processes["crafted 1"] - craft(1)) > 1e-5
+    assert np.mean(moved) < 1e-3
+    # Each step's signs decide where the next gradient is taken, so after ten steps rounding has
+    # turned up to a tenth of the pixels; what the attack attains does not depend on that.
+    (model, variables), images, labels = clean_network()
+
+    def gain(x):
+        losses = [problems.cross_entropy(model.apply(variables, y), labels) for y in (x, images)]
+        return float(jax.numpy.mean(losses[0] - losses[1]))
+
+    crafted, wanted = over_two_processes["crafted 10"], craft(10)
+    assert np.abs(crafted - images).max() < 0.3 + 1e-6
+    assert gain(wanted) > 2 * gain(craft(1)) > 0
+    np.testing.assert_allclose(gain(crafted), gain(wanted), rtol=0.05)
+
+
 # A whole experiment, from the command line.
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    """The run folder of one process on one device."""
+def one(tmp_path_factory, two):
+    """The run folder of one process on one device, which finds the poisons of the two.
+
+    Of its own they would differ, by rounding that ten steps of signs carry on: see above.
+    """
     folder = tmp_path_factory.mktemp("one")
+    shutil.copytree(two[0] / "poisons", folder / "run" / "poisons")
     statuses, texts = wait(start([experiment(folder / "run")], folder, num_devices=1), folder)
     assert statuses == [0], texts
     return folder / "run"
@@ -268,19 +305,12 @@ def test_an_experiment_of_two_processes_killed_and_continued_gives_the_numbers_o
     for line, want in wanted.items():
         for name in want.keys() - {name for name in want if name.endswith("seconds")}:
             # Sums are taken in another order, and sixteen steps of training carry that on.
-            tolerance = 2e-3 if name.endswith("accuracy") else 1e-3 * abs(want[name])
+            tolerance = 2e-3 if name.endswith("accuracy") else 1e-4 * abs(want[name])
             if name != "residual":
                 assert got[line][name] == pytest.approx(want[name], abs=tolerance), (line, name)
     update = got["seed0-p1-hint", 1]
     assert update["residual"] < 1e-5
     assert update["poison_recall"] == 0.5
-
-    poisons = [np.load(run_dir / "poisons" / "seed0-p1.npz") for run_dir in (one, two[0])]
-    for name in ("labels", "attack_id"):
-        np.testing.assert_array_equal(poisons[1][name], poisons[0][name])
-    # A gradient's sign may turn at a pixel where it is zero but for rounding.
-    moved = np.abs(poisons[1]["images"] - poisons[0]["images"]) > 1e-5
-    assert np.mean(moved) < 1e-3
 
 
 def test_one_set_of_files_is_written_and_one_process_prints(one, two):
