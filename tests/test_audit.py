@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from jaxpoison import cli
-from jaxpoison.audit import _audit, assemble, findings, measure, plant
+from jaxpoison.audit import _audit, assemble, findings, foreign, measure, plant
 from jaxpoison.data import load_embedded
 from jaxpoison.data.readers import Source, open_source
 
@@ -136,12 +136,22 @@ def planted(source, evidence):
 def test_canaries_are_what_they_are_called(images, evidence, planted):
     copy = planted.evidence
     names, counts = np.unique(planted.threats, return_counts=True)
-    assert dict(zip(names, counts, strict=True)) == {t.name: 15 for t in plant.THREATS}
+    count = len(evidence.labels) // (4 * len(plant.THREATS))
+    assert dict(zip(names, counts, strict=True)) == {t.name: count for t in plant.THREATS}
     assert len(set(planted.rows)) == len(planted.rows)
     rows = {name: planted.rows[planted.threats == name] for name in names}
     old, new = evidence.labels, copy.labels
     assert np.all(new[rows["flip"]] != old[rows["flip"]])
     np.testing.assert_array_equal(copy.images[rows["flip"]], evidence.images[rows["flip"]])
+    mistaken = rows["confusion"]
+    believed = foreign.predictions(evidence).probabilities
+    assert np.all(believed[mistaken].argmax(1) == old[mistaken])
+    assert np.all(new[mistaken] != old[mistaken])
+    # Doubtful images, and the classes that they are taken for.
+    sure = believed[np.arange(len(old)), old]
+    assert sure[mistaken].mean() < sure[believed.argmax(1) == old].mean()
+    others = believed[mistaken].sum(1) - believed[mistaken, old[mistaken]]
+    assert np.mean(believed[mistaken, new[mistaken]] / others) > 2 / 9
     target = np.bincount(old).argmax()
     for name in ("patch", "blend"):
         assert np.all(new[rows[name]] == target) and np.all(old[rows[name]] != target)

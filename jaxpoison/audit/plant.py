@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpoison.audit.checks.foreign import refusal
 from jaxpoison.audit.evidence import Evidence
+from jaxpoison.audit.foreign import predictions
 from jaxpoison.audit.measure import SIZE, Embedding, perceptual_hashes, shrink
 
 SHARE = 0.01
@@ -37,6 +39,7 @@ class Threat:
 
 THREATS = (
     Threat("flip", "label changed at random", "label"),
+    Threat("confusion", "label changed to a similar class", "label"),
     Threat("copy", "copy of an image under another label", "label"),
     Threat("patch", "backdoor: a patch in a corner, relabeled", "poison"),
     Threat("blend", "backdoor: a faint blended pattern, relabeled", "poison"),
@@ -77,17 +80,18 @@ def plant(
       The copy; without canaries if there are fewer than 20 images, or one class.
     """
     random = np.random.default_rng([seed, 15])
+    mistakes = None if refusal(evidence) else _mistakes(evidence)
     count = min(int(np.ceil(SHARE * len(evidence.labels))), MOST)
     count = min(max(count, 40), len(evidence.labels) // (4 * len(THREATS)))
     if evidence.num_classes < 2 or count < 1 or len(np.unique(evidence.labels)) < 2:
         return Planted(evidence, np.empty(0, int), np.empty(0, "U9"))
     labels = np.array(evidence.labels)
-    rows, threats = _places(random, labels, count)
+    rows, threats = _places(random, labels, count, mistakes)
     target = _target(labels)
     images = np.array(read(rows))
     for name, fault in _FAULTS.items():
         mine = np.flatnonzero(threats == name)
-        case = _Case(random, evidence.labels, rows[mine], target, read, embedding)
+        case = _Case(random, evidence.labels, rows[mine], target, read, embedding, mistakes)
         images[mine], labels[rows[mine]] = fault(case, images[mine])
     small = shrink(images, SIZE)
     values = {
@@ -118,16 +122,26 @@ class _Case(NamedTuple):
     target: int
     read: Callable[[np.ndarray], np.ndarray]
     embedding: Embedding
+    mistakes: np.ndarray | None
 
 
-def _places(random, labels, count):
-    """Returns (rows, names of threats): collisions in the target class, backdoors elsewhere."""
+def _places(random, labels, count, mistakes):
+    """Returns (rows, names of threats): collisions in the target class, backdoors elsewhere.
+
+    Mistakes are where people are likely to make them.
+    """
     target = _target(labels)
     free = random.permutation(len(labels))
     taken, rows, threats = np.zeros(len(labels), bool), [], []
-    for threat in sorted(THREATS, key=lambda t: t.name != "collision"):
+    for threat in sorted(THREATS, key=lambda t: ("collision", "confusion").count(t.name) == 0):
         if threat.name == "collision":
             fits = labels[free] == target
+        elif threat.name == "confusion":
+            fits = np.zeros(len(free), bool)
+            if mistakes is not None:
+                # The largest of chance over likelihood: a sample without replacement.
+                wait = random.exponential(size=len(free)) / np.maximum(mistakes[free].sum(1), 1e-9)
+                fits = np.argsort(np.argsort(wait)) < count + taken.sum()
         elif threat.name in ("patch", "blend"):
             fits = labels[free] != target
         else:
@@ -146,6 +160,24 @@ def _target(labels):
 
 def _flip(case, images):
     return images, _others(case.random, case.labels[case.rows], case.labels)
+
+
+def _confusion(case, images):
+    """Labels that a person may give: drawn from what the foreign witness takes the image for."""
+    odds = case.mistakes[case.rows].cumsum(axis=1)
+    drawn = case.random.random(len(odds)) * odds[:, -1]
+    return images, (odds > drawn[:, None]).argmax(axis=1)
+
+
+def _mistakes(evidence):
+    """Returns how likely each wrong label is, float [N, K], by the foreign witness's doubts.
+
+    0 throughout where the witness disagrees with the label: there it may be wrong already.
+    """
+    likely = np.array(predictions(evidence).probabilities, float)
+    agrees = likely.argmax(axis=1) == evidence.labels
+    likely[np.arange(len(likely)), evidence.labels] = 0
+    return likely * agrees[:, None]
 
 
 def _of_other_classes(random, labels, own):
@@ -220,6 +252,7 @@ def _descent(apply):
 
 _FAULTS = {
     "flip": _flip,
+    "confusion": _confusion,
     "patch": _patch,
     "blend": _blend,
     "collision": _collision,
