@@ -118,24 +118,23 @@ def summarize(epochs: list[dict], ratio: float, every_epoch: float) -> dict:
 
 def table(result: dict) -> str:
     """Returns the result as Markdown."""
-    parts = result["parts_seconds"]
+    epoch, parts = result["epoch_seconds"], result["parts_seconds"]
+    lines = [["plain epoch", f"{epoch:.3f}", "1"]]
+    for part in PARTS:
+        note = " (first update only, with compilation)" if part == "scores" else ""
+        lines.append([f"{part}{note}", f"{parts[part]:.3f}", f"{parts[part] / epoch:.3f}"])
+    noise, update = result["every_epoch_seconds"], result["update_in_epochs"]
+    predicted = f"(predicted {result['update_in_epochs_predicted']:.3f})"
+    lines += [
+        ["adding the noise, every epoch", f"{noise:.3f}", f"{noise / epoch:.3f}"],
+        ["update in all", f"{result['update_seconds']:.3f}", f"{update:.3f} {predicted}"],
+    ]
     return "\n".join(
         [
             "",
             f"{result['model']}, {result['examples']:,} examples, r = {result['ratio']}",
             "",
-            "| part | seconds | in plain epochs |",
-            "|---|---|---|",
-            f"| plain epoch | {result['epoch_seconds']:.3f} | 1 |",
-            *(
-                f"| {part}{' (first update only, with compilation)' if part == 'scores' else ''} "
-                f"| {parts[part]:.3f} | {parts[part] / result['epoch_seconds']:.3f} |"
-                for part in PARTS
-            ),
-            f"| adding the noise, every epoch | {result['every_epoch_seconds']:.3f} "
-            f"| {result['every_epoch_seconds'] / result['epoch_seconds']:.3f} |",
-            f"| update in all | {result['update_seconds']:.3f} | {result['update_in_epochs']:.3f} "
-            f"(predicted {result['update_in_epochs_predicted']:.3f}) |",
+            runs.markdown(["part", "seconds", "in plain epochs"], lines),
             "",
             f"overhead, {UPDATES} updates in {EPOCHS} epochs: {result['overhead']:.4f} "
             f"(predicted {result['overhead_predicted']:.4f}; the paper's code 1.52)",

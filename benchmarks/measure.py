@@ -181,16 +181,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "work", "name", "seconds", "seconds_min", "seconds_max", "items_per_second", "ratio",
         "gflops", "of_limit", "seconds_at_limit", "compile_seconds",
     }  # fmt: skip
-    lines = [
-        "| work | by | time | of first | per second | of limit | at the limit | compiled in | |",
-        "|---|---|---|---|---|---|---|---|---|",
+    header = [
+        *("work", "by", "time", "of first", "per second", "of limit", "at the limit"),
+        *("compiled in", ""),
     ]
+    lines = []
     for row in rows:
         more = {key: value for key, value in row.items() if key not in standard}
         share = "" if row["of_limit"] is None else f"{row['of_limit']:.2f}"
         floor = "" if row["seconds_at_limit"] is None else duration(row["seconds_at_limit"])
         compile_time = "" if row["compile_seconds"] is None else duration(row["compile_seconds"])
-        cells = (
+        cells = [
             row["work"],
             row["name"],
             duration(row["seconds"]),
@@ -200,9 +201,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             floor,
             compile_time,
             ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in more.items()),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ]
+        lines.append(cells)
+    return runs.markdown(header, lines)
 
 
 def duration(seconds: float) -> str:

@@ -50,6 +50,11 @@ def main() -> None:
         rows += of_others(name, images, labels, options.seed)
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "data_dir")}
     environment = runs.environment()
+    header = [
+        *("data", "embedding", "", "dimension", "accuracy of neighbors"),
+        *("average precision of flips", "images a second"),
+    ]
+    runs.say(runs.markdown(header, map(cells, rows)))
     if options.out:
         result = {"script": "witness.py", "settings": settings, "rows": rows}
         runs.write_json(options.out, result | {"environment": environment})
@@ -129,10 +134,21 @@ def both(name, title, embedding, labels, rate, seed) -> list[dict]:
             "images_per_second": rate,
         }
         rows.append(row)
-        cells = (name, title, "whitened" if whitened else "", str(row["dimension"]))
-        figures = f"{accuracy:.3f} | {precision:.3f} | {rate:,.0f}"
-        print(f"| {' | '.join(cells)} | {figures} |", flush=True)
+        runs.say(", ".join(filter(None, cells(row))))
     return rows
+
+
+def cells(row: dict) -> list[str]:
+    """Returns the cells of a row of the table."""
+    return [
+        row["data"],
+        row["embedding"],
+        "whitened" if row["whitened"] else "",
+        str(row["dimension"]),
+        f"{row['neighbor_accuracy']:.3f}",
+        f"{row['flip_average_precision']:.3f}",
+        f"{row['images_per_second']:,.0f}",
+    ]
 
 
 def quality(rows: np.ndarray, labels: np.ndarray, seed: int) -> tuple[float, float]:

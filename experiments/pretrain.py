@@ -180,13 +180,15 @@ def table(
     source: str,
 ) -> str:
     """Returns accuracy against time, in Markdown; `histories` are the metrics of each row."""
-    lines = [
+    caption = (
         f"{config.network}, {rows[0]['num_train']:,} images, {source}. Mean ± standard deviation "
-        f"over {len(rows)} seeds: initial weights and order.",
-        "",
-        "| epoch | minutes | of processors, tests included | test accuracy, % | of each seed |",
-        "|---|---|---|---|---|",
+        f"over {len(rows)} seeds: initial weights and order."
+    )
+    header = [
+        *("epoch", "minutes", "of processors, tests included"),
+        *("test accuracy, %", "of each seed"),
     ]
+    lines = []
 
     def of(name):
         return np.array([[line[name] for line in history] for history in histories])
@@ -198,12 +200,17 @@ def table(
         spread = f" ± {now.std(ddof=1):.2f}" if len(now) > 1 else ""
         each = ", ".join(f"{accuracy:.2f}" for accuracy in now)
         lines.append(
-            f"| {epoch + 1} | {minutes[:, epoch].mean():.1f} | {processor[:, epoch].mean():.1f} | "
-            f"{now.mean():.2f}{spread} | {each} |"
+            [
+                str(epoch + 1),
+                f"{minutes[:, epoch].mean():.1f}",
+                f"{processor[:, epoch].mean():.1f}",
+                f"{now.mean():.2f}{spread}",
+                each,
+            ]
         )
     correct = ", ".join(f"{row['test_correct']:,}" for row in rows)
-    lines += ["", f"Right with kernels in float16, of {rows[0]['num_test']:,}: {correct}."]
-    return "\n".join(lines) + "\n"
+    ending = f"Right with kernels in float16, of {rows[0]['num_test']:,}: {correct}."
+    return "\n".join([caption, "", runs.markdown(header, lines), "", ending, ""])
 
 
 if __name__ == "__main__":

@@ -282,15 +282,13 @@ def compare(name: str, num_trials: int, shares: tuple[float, ...], seed: int) ->
 
 def report(tables: dict[str, Any], num_trials: int) -> str:
     """Returns a Markdown table of each data set, a line for each filter on each attack."""
-    lines = []
+    header = [
+        *("attack", "± sd", "p", "filter", "poisons found", "with 5 % false alarms"),
+        *("clean flagged", "attacks succeed", "accuracy (%)"),
+    ]
+    parts = []
     for name, table in tables.items():
-        lines += [
-            f"{name}: a clean head has a test accuracy of {100 * table['clean_accuracy']:.1f} %.",
-            "",
-            "| attack | ± sd | p | filter | poisons found | with 5 % false alarms | "
-            "clean flagged | attacks succeed | accuracy (%) |",
-            "|---" * 9 + "|",
-        ]
+        lines = []
         for row in table["rows"]:
             for found_by, measured in row["filters"].items():
                 shares = [
@@ -298,12 +296,19 @@ def report(tables: dict[str, Any], num_trials: int) -> str:
                     for key in ("tpr", "tpr_at_limit", "fpr")
                 ]
                 lines.append(
-                    f"| {row['attack']} | {row['budget']} | {row['share']} | {found_by} | "
-                    f"{' | '.join(shares)} | {measured['successes']}/{num_trials} | "
-                    f"{100 * measured['accuracy']:.1f} |"
+                    [
+                        *(row["attack"], str(row["budget"]), str(row["share"]), found_by, *shares),
+                        f"{measured['successes']}/{num_trials}",
+                        f"{100 * measured['accuracy']:.1f}",
+                    ]
                 )
-        lines.append("")
-    return "\n".join(lines)
+        parts += [
+            f"{name}: a clean head has a test accuracy of {100 * table['clean_accuracy']:.1f} %.",
+            "",
+            runs.markdown(header, lines),
+            "",
+        ]
+    return "\n".join(parts)
 
 
 def main() -> None:

@@ -1,28 +1,17 @@
 """The benchmarks as a user runs them, at sizes that say nothing about speed."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from programs import run_script
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 TINY = ("--rounds", "1", "--sample-seconds", "0")
 SMALL = (*TINY, "--train", "32", "--group", "16", "--epochs", "0")
 
 
 def run(tmp_path, script, *flags):
     out = tmp_path / "result.json"
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / script), "--out", str(out), *flags],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-        cwd=tmp_path,
-    )
+    done = run_script(f"benchmarks/{script}", "--out", out, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert {"versions", "device", "commit"} <= result["environment"].keys()

@@ -175,7 +175,7 @@ def test_robust_estimators_stand_a_minority_of_outliers():
         assert distance > 100 if bound is None else distance < bound
 
 
-def test_an_example_is_left_out_of_its_centroid_exactly():  # T5
+def test_an_example_is_left_out_of_its_centroid_exactly():
     charvec, labels = vectors(20)
     for variance in ("pooled", "mean"):
         centroids = fit(charvec, labels, variance=variance)
@@ -236,7 +236,7 @@ def test_distances(metric, gamma, beta):
     assert got.dtype == jnp.float32
 
 
-def test_one_layer_alone_and_rescaled_layers():  # T8
+def test_one_layer_alone_and_rescaled_layers():
     charvec, labels = vectors()
     layer = filters.CharVec(charvec.blocks[1:2], charvec.paths[1:2], charvec.sizes[1:2])
     scaled = filters.CharVec(
@@ -302,7 +302,7 @@ def test_fisher_weights_are_ratios_of_mean_squares():
     np.testing.assert_allclose(got, np.array(want) / np.sum(want), rtol=1e-4)
 
 
-def test_mahalanobis_is_the_dense_inverse_with_scikit_learns_shrinkage():  # T11
+def test_mahalanobis_is_the_dense_inverse_with_scikit_learns_shrinkage():
     covariance = pytest.importorskip("sklearn.covariance")
     rng = np.random.default_rng(0)
     n, width = 30, 32
@@ -387,7 +387,7 @@ def test_a_verdict_is_flagged_beyond_the_margin_and_ties_are_kept():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.8])
-def test_poisons_are_flagged_beyond_the_shift_that_theory_gives(share):  # T6
+def test_poisons_are_flagged_beyond_the_shift_that_theory_gives(share):
     n, width = 200, 50
     rng = np.random.default_rng(0)
     poisons = round(share * n)

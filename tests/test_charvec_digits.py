@@ -1,4 +1,4 @@
-"""The filter on the poisons of real attacks, on scikit-learn's digits (T10).
+"""The filter on the poisons of real attacks, on scikit-learn's digits.
 
 What holds and what does not: with few poisons in a class it finds them by the centroids of the data
 themselves; where poisons are most of a class it does not, and five trusted images a class do.

@@ -55,7 +55,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_statistics_are_those_of_float64_and_outputs_unchanged(name):  # T1, T2
+def test_statistics_are_those_of_float64_and_outputs_unchanged(name):
     model, num_layers, first_size = NETWORKS[name]
     x = images()
     variables = variables_of(model, x)
@@ -76,7 +76,7 @@ def test_statistics_are_those_of_float64_and_outputs_unchanged(name):  # T1, T2
             assert_close(charvec, layer, inputs.mean(1), inputs.var(1))
 
 
-def test_a_resnet():  # T1, T2: every BatchNorm follows a convolution
+def test_a_resnet():  # every BatchNorm follows a convolution
     x = np.random.default_rng(0).random((3, 8, 8, 3), dtype=np.float32)
     variables = variables_of(tiny_resnet(), x)
     charvec = extract(tiny_resnet(), variables, x)
@@ -105,7 +105,7 @@ def test_a_resnet():  # T1, T2: every BatchNorm follows a convolution
     np.testing.assert_array_equal(charvec.ravel()[:, 4:8], charvec.blocks[0].var)
 
 
-def test_bfloat16_activations_are_reduced_in_float32():  # T1
+def test_bfloat16_activations_are_reduced_in_float32():
     x = 10 + 0.05 * images()  # a large mean: bfloat16 sums would lose the variance
     model = Norm()
     variables = model.init(jax.random.key(0), x, False)
@@ -125,7 +125,7 @@ def test_variance_takes_two_passes():
     assert np.abs(one_pass / want - 1).max() > 1e-3  # what would go wrong
 
 
-def test_dense_networks_have_one_position_and_no_variance():  # T1
+def test_dense_networks_have_one_position_and_no_variance():
     x = np.random.default_rng(0).standard_normal((6, 9)).astype(np.float32)
     variables = variables_of(Dense(), x)
     charvec = extract(Dense(), variables, x)
@@ -157,7 +157,7 @@ def test_padding_is_left_out_by_the_mask_of_the_layer():
 
 
 @pytest.mark.parametrize(("lift", "momentum"), [("none", 0.9), ("scan", 0.999)])
-def test_self_statistics_are_the_update_of_a_batchnorm_without_momentum(lift, momentum):  # T3
+def test_self_statistics_are_the_update_of_a_batchnorm_without_momentum(lift, momentum):
     x = images(3)
     model, twin = (Convolutional(lift, Norm(momentum=m)) for m in (momentum, 0.0))
     variables = variables_of(model, x)
@@ -227,7 +227,7 @@ def test_the_gradient_is_that_of_finite_differences():
         np.testing.assert_allclose(slope, change, rtol=1e-5)
 
 
-def test_layers_that_were_compiled_before_are_measured_nevertheless():  # T9
+def test_layers_that_were_compiled_before_are_measured_nevertheless():
     model, x = Convolutional("jit"), images(2)
     variables = variables_of(model, x)
     before = jax.jit(model.apply)(variables, x)
@@ -238,7 +238,7 @@ def test_layers_that_were_compiled_before_are_measured_nevertheless():  # T9
     np.testing.assert_array_equal(jax.jit(model.apply)(variables, x), before)
 
 
-def test_layers_that_a_stale_compilation_hides_are_an_error(monkeypatch):  # T9
+def test_layers_that_a_stale_compilation_hides_are_an_error(monkeypatch):
     model, x = Convolutional("jit"), images(2)
     variables = variables_of(model, x)
     monkeypatch.setattr(extraction, "_trace_numbers", itertools.repeat("stale"))

@@ -1,7 +1,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import run_code
 
 from jaxpoison import models, training
 from jaxpoison.core import devices
@@ -83,13 +83,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, uninterrupted):
 
 def test_a_run_killed_by_the_system_goes_on(tmp_path, uninterrupted):
     code = "import sys; sys.path.insert(0, sys.argv[1]); import test_checkpoints as t; t.child()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(jax.device_count()), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    here, num_devices = Path(__file__).parent, str(jax.device_count())
+    done = run_code(code, here, tmp_path, JAX_NUM_CPU_DEVICES=num_devices, JAX_PLATFORMS="cpu")
     assert done.returncode == -signal.SIGKILL, done.stderr
     log = []
     state = train(tmp_path, report=lambda epoch, metrics: log.append(epoch))

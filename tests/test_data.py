@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
 import sys
 import tarfile
 import threading
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import ROOT, run_code
 
 from jaxpoison import data
 from jaxpoison.core import files
@@ -33,7 +33,6 @@ from jaxpoison.data.readers import tfds as tfds_reader
 # The archives that the tests write are small, of which `archives.read` warns.
 pytestmark = pytest.mark.filterwarnings("ignore:.* images in .*, officially:UserWarning")
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(catalogue.ENTRIES)
 
 
@@ -567,11 +566,7 @@ print("no step imported it")
 
 def run_python(code, folder):
     # conftest and CI may turn warnings into errors; the small archives warn on purpose.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    environment.pop("PYTHONWARNINGS", None)
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    return run_code(code, cwd=folder, PYTHONWARNINGS="", JAX_PLATFORMS="cpu")
 
 
 def test_command_line_never_imports_tensorflow(tfds, tmp_path):

@@ -126,7 +126,7 @@ def test_tau_pulls_trusted_centroids_to_the_data():
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
-def test_the_same_on_any_number_of_devices(num_devices, no_warning):  # T4: 45 and 16 do not divide
+def test_the_same_on_any_number_of_devices(num_devices, no_warning):  # 45 and 16 do not divide
     mesh = devices.data_mesh(jax.devices()[:num_devices])
     want = verdict(vectors(), Y, vectors(), Y)
     model = make(mesh=mesh)
@@ -139,7 +139,7 @@ def test_the_same_on_any_number_of_devices(num_devices, no_warning):  # T4: 45 a
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
 
 
-def test_batch_sizes_and_order_do_not_matter(no_warning):  # T7
+def test_batch_sizes_and_order_do_not_matter(no_warning):
     want = make().fit(X, Y).filter(X, Y)
     assert_same(make(batch_size=7).fit(X, Y).filter(X, Y), want)
     order = np.random.default_rng(0).permutation(N)
@@ -409,14 +409,14 @@ def test_mahalanobis_of_large_sets_is_refused(no_warning, monkeypatch):
         make(metric="maha").fit(X, Y)
 
 
-# Other libraries (T13), and files.
+# Other libraries, and files.
 
 
 def some_result():
     return make(centroids="trusted").fit_filter(X, Y, TRUSTED)
 
 
-def test_polarities_of_other_libraries():  # T13
+def test_polarities_of_other_libraries():
     result = some_result()
     flagged = np.asarray(result.is_poison)
     assert flagged.any()
@@ -441,7 +441,7 @@ def test_polarities_of_other_libraries():  # T13
         rival.pred_probs()
 
 
-def test_resampling_keeps_what_was_not_flagged():  # T13
+def test_resampling_keeps_what_was_not_flagged():
     model = make(centroids="trusted")
     kept_x, kept_y = model.fit_resample(X, Y, TRUSTED)
     np.testing.assert_array_equal(model.sample_indices_, some_result().keep_indices)

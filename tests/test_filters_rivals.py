@@ -1,4 +1,4 @@
-"""The rival filters against scikit-learn and cleanlab on the same features (T12)."""
+"""The rival filters against scikit-learn and cleanlab on the same features."""
 
 import sys
 

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import flax.linen as nn
 import numpy as np
@@ -14,11 +11,11 @@ import sensitivity
 import untargeted
 from common import cost, figures, page, registry, study, tables
 from common.settings import Cell
+from programs import ROOT, run_script, squeezed
 
 from jaxpoison import models
 from jaxpoison.data import load_embedded
 
-ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
 TINY = (
     *("--preset", "mnist-laptop", "--train-examples", "128", "--test-examples", "64"),
@@ -32,14 +29,7 @@ GRID = (
 
 
 def run(cwd, script, *flags):
-    return subprocess.run(
-        [sys.executable, str(EXPERIMENTS / script), *flags],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-        cwd=cwd,
-    )
+    return run_script(f"experiments/{script}", *flags, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +61,7 @@ def test_a_failure_is_recorded_and_does_not_stop_the_grid(grid):
         else:
             assert 0 <= row["test_accuracy"] <= 1 and "error" not in row
     assert "3 of 5 cells failed" in done.stderr
-    assert "| 1 | random noise of HINT's size | failed | 0 |" in done.stdout
+    assert "| 1 | random noise of HINT's size | failed | 0 |" in squeezed(done.stdout)
 
 
 def test_the_same_command_trains_what_failed_and_nothing_else(grid):
@@ -97,7 +87,8 @@ def test_a_choice_of_what_is_there_runs_nothing_and_loses_nothing(grid):
     done = run(run_dir.parent, "untargeted.py", "--run-dir", str(run_dir), *TINY, *less)
     assert done.returncode == 0, done.stderr
     assert ": epoch " not in done.stdout
-    assert "| 1 | recommended |" in done.stdout and "| 1 | random noise" in done.stdout
+    printed = squeezed(done.stdout)
+    assert "| 1 | recommended |" in printed and "| 1 | random noise" in printed
     assert json.loads((run_dir / "result.json").read_text())["rows"] == before
 
 
@@ -119,7 +110,7 @@ def test_tables_of_a_grid_are_written_as_markdown_and_latex(grid):
     done = run(run_dir, "tables.py", "--results", str(run_dir.parent), "--out", str(page),
                "--latex", str(latex))  # fmt: skip
     assert done.returncode == 0, done.stderr
-    text = page.read_text()
+    text = squeezed(page.read_text())
     order = ("What to make of all.", "- [tiny]", "## tiny", "What to make of it.")
     assert sorted(order, key=text.index) == list(order)
     assert "| random noise of HINT's size | not run |" in text and "](tiny/predictions.png)" in text
@@ -154,7 +145,7 @@ def test_cost_adds_up_and_goes_on(tmp_path):
         parts += (30 - row["num_events"]) * row["ordinary_epochs"]
         assert row["ratio"] == pytest.approx(row["step_ratio"] + parts / 30)
     assert hint["counted"] == pytest.approx(1 + 2 * (1 + 2 * 0.5) / (3 * 30))
-    assert "| EPIC |" in done.stdout
+    assert "| EPIC |" in squeezed(done.stdout)
     again = run(tmp_path, "cost.py", *flags, *names)
     assert again.returncode == 0 and "compiled" not in again.stdout
     assert json.loads((tmp_path / "run" / "result.json").read_text())["rows"] == result["rows"]

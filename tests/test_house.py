@@ -4,14 +4,12 @@ import ast
 import functools
 import graphlib
 import re
-import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
+from programs import ROOT, run_code
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jaxpoison"
 
 # Each room with the rooms that it imports: all that it may import, and nothing that it does not.
@@ -173,7 +171,7 @@ def test_dependencies():
     def names(requirements):
         return {re.match(r"[\w-]+(\[\w+\])?", line)[0] for line in requirements}
 
-    wanted = {"jax", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "jinja2"}
+    wanted = {"jax", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "jinja2", "rich"}
     assert names(extras["audit"]) == {"pyarrow", "cleanlab", "pandas"}
     assert names(project["dependencies"]) == wanted
     assert names(extras["tfds"]) == {"tensorflow-datasets", "array-record", "importlib-resources"}
@@ -184,9 +182,8 @@ def test_dependencies():
 def loaded(statement, names):
     """Returns which of the modules `names` a fresh interpreter has after `statement`."""
     code = f"import sys\n{statement}\nprint([name for name in {names!r} if name in sys.modules])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    result = run_code(code)
+    assert result.returncode == 0, result.stderr
     return ast.literal_eval(result.stdout)
 
 

@@ -1,8 +1,5 @@
 """The doors of `data`: labels of all kinds, and what a user gives where a Dataset is expected."""
 
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from programs import run_code
 
 from jaxpoison import attacks, data
 from jaxpoison.data import labels, pixels
@@ -159,7 +157,8 @@ def test_labels_do_not_import_pandas():
         "import sys, numpy as np\nfrom jaxpoison.data import labels\n"
         "labels.encode(np.array(['a', 'b'], object))\nassert 'pandas' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- check: advice that is right when it is followed ----

@@ -22,7 +22,7 @@ import pytest
 
 from jaxpoison import cli, runs
 from jaxpoison.core import loops
-from jaxpoison.runs import _program, cache, pictures
+from jaxpoison.runs import _program, _progress, cache, pictures
 
 SETTINGS = {"run_dir": Path("anywhere"), "epsilon": 0.3, "schedule": (1, 2)}
 
@@ -181,6 +181,52 @@ def test_times_are_whole_at_80_columns():
         meter.show("seed0-p0.6-hint_recommended: epoch 10/26, loss 1.234, " + 3 * "long ", 1234)
     last = screen.getvalue().split("\r")[-1]
     assert "1234/12345" in last and "0:00:00" in last and "-:--:--" in last
+
+
+def test_a_stage_has_a_bar_on_a_terminal_and_elsewhere_lines_at_its_ends(capsys, monkeypatch):
+    from rich.console import Console
+
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, legacy_windows=False)
+    with runs.Stages(console) as stages:
+        stages.tell("Reading [red]images", 1200, 2500)
+        stages.tell("Reading [red]images", 2500, 2500)
+        stages.tell("Training", 1, 3)
+    last = screen.getvalue().split("\r")[-1]
+    assert "Reading [red]images" in last and "2500/2500" in last
+    assert "Training" in last and "1/3" in last
+    assert not capsys.readouterr().out
+    now = [100.0]
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: now[0])
+    with runs.Stages() as stages:
+        for done, seconds in ((1, 0), (2, 9), (3, 3), (4, 1)):
+            now[0] += seconds
+            stages.tell("Reading", 1000 * done, 4000)
+        stages.tell("Training", 1, 1)
+    assert capsys.readouterr().out.splitlines() == [
+        "Reading: 1,000 of 4,000, 0 s",
+        "Reading: 3,000 of 4,000, 12 s",
+        "Reading: 4,000 of 4,000, 13 s",
+        "Training: 1 of 1, 0 s",
+    ]
+
+
+def test_tables_are_markdown_and_columns_of_any_text():
+    wide = "w" * 300
+    assert runs.markdown(["a", ""], [["60 ± 10", "[0, 31] %"], ["x|y", wide]]).splitlines() == [
+        f"| a       | {'':300} |",
+        f"|---------|{'-' * 302}|",
+        f"| 60 ± 10 | {'[0, 31] %':300} |",
+        rf"| x\|y    | {wide} |",
+    ]
+    lines = [["wrong label", "9", "of 60"], ["[bold]", "1,200", "of 2,000"]]
+    assert runs.columns(lines, right=(1,)) == (
+        "  wrong label      9  of 60\n  [bold]       1,200  of 2,000"
+    )
+    assert runs.columns([]) == "" and len(runs.markdown(["a"], []).splitlines()) == 2
+    for broken in (lambda: runs.markdown(["a"], [["1", "2"]]), lambda: runs.columns([["1"], []])):
+        with pytest.raises(ValueError, match=r"a row of \d cells in a table of 1"):
+            broken()
 
 
 @pytest.fixture

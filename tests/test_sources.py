@@ -6,7 +6,6 @@ import io
 import json
 import os
 import struct
-import subprocess
 import sys
 import zipfile
 import zlib
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from programs import run_code
 
 from jaxpoison import data
 from jaxpoison.data import prepare
@@ -641,9 +641,8 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
         assert sum(len(batch.rows) for batch in source.batches(32, 2)) == 6
         print((peak() - before) / 1024)
     """
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    result = run_code(code, tmp_path)
+    assert result.returncode == 0, result.stderr
     assert float(result.stdout) < 4 * 24 * max(2, min(8, os.cpu_count() or 1)) / 2
 
 

@@ -5,6 +5,6 @@ import sys
 from jaxpoison.runs import require_extra
 
 try:
-    require_extra("experiments", "tyro", "rich", "matplotlib", "sklearn")
+    require_extra("experiments", "tyro", "matplotlib", "sklearn")
 except ImportError as error:
     sys.exit(f"error: {error}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.registry import DEFENSES, ROWS
-from jaxpoison import evaluation
+from jaxpoison import evaluation, runs
 
 PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
 PAPER_NAMES = {"cifar10": "CIFAR-10", "mnist": "MNIST"}
@@ -37,8 +37,7 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         """Returns it as Markdown, the caption first."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join([self.caption, "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+        return "\n".join([self.caption, "", runs.markdown(self.header, self.rows), ""])
 
     def latex(self) -> str:
         """Returns it as LaTeX, for the package booktabs."""

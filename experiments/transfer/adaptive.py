@@ -167,17 +167,19 @@ def judge(work: Work, bench: Bench, trials, images, gamma: str) -> dict[str, Any
 
 def report(rows: list[dict[str, Any]]) -> str:
     """Returns a table of all lambdas, and of the best one for each target."""
-    lines = [
-        "| lambda | objective | taken, no filter | found, data's centroids | taken | "
-        "found, trusted | taken |",
-        "|---|---|---|---|---|---|---|",
+    header = [
+        *("lambda", "objective", "taken, no filter", "found, data's centroids", "taken"),
+        *("found, trusted", "taken"),
     ]
+    lines = []
     for row in rows:
         taken = {name: f"{sum(hits)}/{len(hits)}" for name, hits in row["taken"].items()}
         found = {name: f"{100 * share:.0f} %" for name, share in row["found"].items()}
         lines.append(
-            f"| {row['lambda']} | {row['objective']:.3f} | {taken['none']} | {found['dataset']} | "
-            f"{taken['dataset']} | {found['trusted']} | {taken['trusted']} |"
+            [
+                *(str(row["lambda"]), f"{row['objective']:.3f}", taken["none"]),
+                *(found["dataset"], taken["dataset"], found["trusted"], taken["trusted"]),
+            ]
         )
     ever = {name: np.any([row["taken"][name] for row in rows], axis=0) for name in FILTERS}
     best = {}
@@ -185,7 +187,9 @@ def report(rows: list[dict[str, Any]]) -> str:
         low, high = evaluation.wilson(int(hits.sum()), len(hits))
         best[name] = f"{hits.sum()}/{len(hits)} [{100 * low:.0f}, {100 * high:.0f}] %"
     lines.append(
-        f"| the best for each target | - | {best['none']} | - | {best['dataset']} | - | "
-        f"{best['trusted']} |"
+        [
+            *("the best for each target", "-", best["none"]),
+            *("-", best["dataset"], "-", best["trusted"]),
+        ]
     )
-    return "\n".join(lines)
+    return runs.markdown(header, lines)

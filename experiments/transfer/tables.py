@@ -12,7 +12,7 @@ from typing import Any
 from common.registry import TRANSFER
 from common.tables import PAPER as HINT_PAPER
 
-from jaxpoison import evaluation
+from jaxpoison import evaluation, runs
 from transfer.verdicts import DATASET, LATE, TRUSTED
 
 PAPER = json.loads(Path(__file__).with_name("paper_charvec.json").read_text())
@@ -40,9 +40,10 @@ def report(
         f"An attack counts where at least {100 * min_success:g} % of its trials succeed: the "
         "target is classified as the base class. Brackets: 95 % intervals (Wilson).",
         "",
-        "| attack | eps x 255 | p | success | counts |",
-        "|---|---|---|---|---|",
-        *(_undefended(group) for group in _groups(rows, "attack", "epsilon_255", "share")),
+        runs.markdown(
+            ["attack", "eps x 255", "p", "success", "counts"],
+            map(_undefended, _groups(rows, "attack", "epsilon_255", "share")),
+        ),
     ]
     if judged:
         lines += [
@@ -53,27 +54,51 @@ def report(
             f"did without a filter. Trusted: {trusted_per_class} images of each class. Oracle: is "
             "told the number of poisons.",
             "",
-            *_over_shares(judged),
+            _over_shares(judged),
             "",
             "## On clean data",
             "",
-            "| filter | clean images flagged | test accuracy after |",
-            "|---|---|---|",
-            *_on_clean([row for row in rows if not row["share"]]),
+            runs.markdown(
+                ["filter", "clean images flagged", "test accuracy after"],
+                _on_clean([row for row in rows if not row["share"]]),
+            ),
             "",
             "## Next to the paper",
             "",
-            *_beside_paper(judged),
+            "Success after the filter, and test accuracy, in percent. The paper: four networks at "
+            "full width, 14 % of the training set poisoned, more than half of the base class; the "
+            "counterpart here is the largest budget at p = .5 or, for want of it, the nearest.",
+            "",
+            runs.markdown(["attack", "filter", "paper", "ours", "trials"], _beside_paper(judged)),
             "",
             "## All numbers",
             "",
-            "| attack | eps x 255 | p | filter | TPR | FPR | AUROC | success after | 95 % | "
-            "accuracy (%) |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-            *_all_numbers(judged),
+            runs.markdown(
+                [
+                    *("attack", "eps x 255", "p", "filter", "TPR", "FPR", "AUROC"),
+                    *("success after", "95 %", "accuracy (%)"),
+                ],
+                _all_numbers(judged),
+            ),
         ]
     if hint_rows:
-        lines += ["", "## HINT in transfer learning", "", *_hint(hint_rows)]
+        first = hint_rows[0]
+        lines += [
+            "",
+            "## HINT in transfer learning",
+            "",
+            f"All trials at {first['epsilon_255']:g}/255 and p = {first['share']:g}, successful or "
+            "not. The paper of HINT (arXiv 2309.08549, Table III): five targets, the whole base "
+            "class poisoned, full width.",
+            "",
+            runs.markdown(
+                [
+                    *("attack", "defense", "success", "95 %", "accuracy (%)"),
+                    "paper: success, accuracy",
+                ],
+                _hint(hint_rows),
+            ),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -127,9 +152,9 @@ def _undefended(group):
     successes = sum(row["successes"] for row in group)
     said = f"{successes}/{trials} {_interval(successes, trials)}"
     if not first["share"]:
-        return f"| none | - | 0 | {said} | - |"
+        return ["none", "-", "0", said, "-"]
     word = {0: "no", len(group): "yes"}.get(counts, f"on {counts} of {len(group)} networks")
-    return f"| {_label(first)} | {first['epsilon_255']:g} | {first['share']:g} | {said} | {word} |"
+    return [_label(first), f"{first['epsilon_255']:g}", f"{first['share']:g}", said, word]
 
 
 def _label(row):
@@ -153,37 +178,29 @@ def _pooled(rows, name):
 
 def _over_shares(judged):
     shares = sorted({row["share"] for row in judged})
-    yield "| filter | " + " | ".join(f"p = {share:g}" for share in shares) + " |"
-    yield "|---" * (1 + len(shares)) + "|"
+    lines = []
     for name in judged[0]["filters"]:
         texts = []
         for share in shares:
             tpr, _, successes, trials = _pooled([r for r in judged if r["share"] == share], name)
             texts.append(f"{100 * tpr:.0f} %; {successes}/{trials}")
-        yield f"| {name} | " + " | ".join(texts) + " |"
+        lines.append([name, *texts])
+    return runs.markdown(["filter", *(f"p = {share:g}" for share in shares)], lines)
 
 
 def _on_clean(rows):
     for name in rows[0]["filters"]:
         each = [row["filters"][name] for row in rows]
         fpr, accuracy = (100 * sum(one[key] for one in each) / len(each) for key in _CLEAN)
-        yield f"| {name} | {fpr:.1f} % | {accuracy:.1f} % |"
+        yield name, f"{fpr:.1f} %", f"{accuracy:.1f} %"
     accuracy = 100 * sum(row["accuracy"] for row in rows) / len(rows)
-    yield f"| none | - | {accuracy:.1f} % |"
+    yield "none", "-", f"{accuracy:.1f} %"
 
 
 _CLEAN = ("fpr", "accuracy")
 
 
 def _beside_paper(judged):
-    yield (
-        "Success after the filter, and test accuracy, in percent. The paper: four networks at "
-        "full width, 14 % of the training set poisoned, more than half of the base class; the "
-        "counterpart here is the largest budget at p = .5 or, for want of it, the nearest."
-    )
-    yield ""
-    yield "| attack | filter | paper | ours | trials |"
-    yield "|---|---|---|---|---|"
     budget = max(row["epsilon_255"] for row in judged)
     for attack, paper in PAPER["cifar10_mean_of_four_networks"].items():
         rows = [row for row in judged if (row["attack"], row["epsilon_255"]) == (attack, budget)]
@@ -198,7 +215,7 @@ def _beside_paper(judged):
             if rows:
                 _, accuracy, successes, count = _pooled(rows, name)
                 ours = f"{100 * successes / count:.1f}, {100 * accuracy:.1f} (p = {nearest:g})"
-            yield f"| {TRANSFER[attack].label} | {name} | {theirs} | {ours} | {count} |"
+            yield TRANSFER[attack].label, name, theirs, ours, str(count)
 
 
 def _all_numbers(judged):
@@ -206,8 +223,8 @@ def _all_numbers(judged):
         first = group[0]
         trials = sum(row["trials"] for row in group)
         accuracy = 100 * sum(row["accuracy"] * row["trials"] for row in group) / trials
-        place = f"| {_label(first)} | {first['epsilon_255']:g} | {first['share']:g} |"
-        yield f"{place} none | - | - | - | all | - | {accuracy:.1f} |"
+        place = _label(first), f"{first['epsilon_255']:g}", f"{first['share']:g}"
+        yield *place, "none", "-", "-", "-", "all", "-", f"{accuracy:.1f}"
         for name in first["filters"]:
             tpr, accuracy, successes, trials = _pooled(group, name)
             fpr, auroc = (
@@ -216,21 +233,12 @@ def _all_numbers(judged):
                 for key in ("fpr", "auroc")
             )
             yield (
-                f"{place} {name} | {tpr:.2f} | {fpr:.2f} | {auroc:.2f} | {successes}/{trials} | "
-                f"{_interval(successes, trials)} | {100 * accuracy:.1f} |"
+                *(*place, name, f"{tpr:.2f}", f"{fpr:.2f}", f"{auroc:.2f}"),
+                *(f"{successes}/{trials}", _interval(successes, trials), f"{100 * accuracy:.1f}"),
             )
 
 
 def _hint(rows):
-    first = rows[0]
-    yield (
-        f"All trials at {first['epsilon_255']:g}/255 and p = {first['share']:g}, successful or "
-        "not. The paper of HINT (arXiv 2309.08549, Table III): five targets, the whole base class "
-        "poisoned, full width."
-    )
-    yield ""
-    yield "| attack | defense | success | 95 % | accuracy (%) | paper: success, accuracy |"
-    yield "|---|---|---|---|---|---|"
     paper = HINT_PAPER["table_III_targeted_cifar10"]["results"]
     for group in _groups(rows, "attack", "defense"):
         attack, defense = group[0]["attack"], group[0]["defense"]
@@ -241,6 +249,6 @@ def _hint(rows):
         if theirs:
             said = f"{theirs['asr_success']}/{theirs['asr_trials']}, {theirs['test_acc']['mean']}"
         yield (
-            f"| {_label(group[0])} | {defense.replace('hint', 'HINT')} | {successes}/{trials} | "
-            f"{_interval(successes, trials)} | {accuracy:.1f} | {said} |"
+            *(_label(group[0]), defense.replace("hint", "HINT"), f"{successes}/{trials}"),
+            *(_interval(successes, trials), f"{accuracy:.1f}", said),
         )

@@ -58,7 +58,7 @@ def study(options: argparse.Namespace) -> None:
                         row |= tuned(work, bench, poisoned, recipe, transfer, defense)
                         work.output.finish(cell, row)
                     rows.append(row)
-                    work.tell(line(row), finished=1)
+                    work.tell(", ".join(cells(row)), finished=1)
     result = {
         "rows": rows,
         "share": options.share,
@@ -69,7 +69,7 @@ def study(options: argparse.Namespace) -> None:
         "environment": runs.environment(),
     }
     runs.write_json(options.run_dir / "fine_tuning.json", result)
-    runs.say("\n".join([*header(recipe), *map(line, rows)]))
+    runs.say(runs.markdown(header(recipe), map(cells, rows)))
 
 
 def stages_of(bench: Bench) -> list[tuple[str, ...]]:
@@ -194,21 +194,24 @@ def watched(
     return defense._replace(on_epoch=on_epoch)
 
 
-def header(recipe: Recipe) -> tuple[str, str]:
-    """Returns the first two lines of the table."""
+def header(recipe: Recipe) -> list[str]:
+    """Returns the names of the table's columns."""
     found = (f"found after {epoch} (of clean; cosine)" for epoch in looks(recipe))
-    names = "attack", "b", "BatchNorm", "defense", "success", "accuracy", *found
-    return f"| {' | '.join(names)} |", "|---" * len(names) + "|"
+    return ["attack", "b", "BatchNorm", "defense", "success", "accuracy", *found]
 
 
-def line(row: dict[str, Any]) -> str:
-    """Returns a row as a line of the table."""
+def cells(row: dict[str, Any]) -> list[str]:
+    """Returns the cells of a row of the table."""
     found = (
         f"{100 * seen['tpr']:.0f} % ({100 * seen['fpr']:.0f} %; {seen['cosine']:.3f})"
         for seen in row["found_after"].values()
     )
-    frozen = "frozen" if row["bn_frozen"] else "updated"
-    return (
-        f"| {row['attack']} | {row['depth']} | {frozen} | {row['defense']} | "
-        f"{row['successes']}/{row['trials']} | {100 * row['accuracy']:.1f} | {' | '.join(found)} |"
-    )
+    return [
+        row["attack"],
+        str(row["depth"]),
+        "frozen" if row["bn_frozen"] else "updated",
+        row["defense"],
+        f"{row['successes']}/{row['trials']}",
+        f"{100 * row['accuracy']:.1f}",
+        *found,
+    ]

@@ -125,18 +125,17 @@ def run(
 ) -> _audit.Audit:
     """Audits, shows progress, writes the folder, prints the verdict."""
     start = time.monotonic()
-    progress = Progress()
     config = {"command": list(command), "version": jaxpoison.__version__}
-    result = _audit.audit(
-        source,
-        folder=out,
-        name=name,
-        config=config,
-        replay=shlex.join(["jaxpoison", *command]),
-        tell=progress.tell,
-        **options,
-    )
-    progress.close()
+    with runs.Stages() as stages:
+        result = _audit.audit(
+            source,
+            folder=out,
+            name=name,
+            config=config,
+            replay=shlex.join(["jaxpoison", *command]),
+            tell=stages.tell,
+            **options,
+        )
     result.write(out)
     write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
     runs.say(_verdict(result.report, out, time.monotonic() - start))
@@ -217,47 +216,20 @@ def _verdict(report: Report, out: Path, seconds: float) -> str:
     lines = ["", f"{report.verdict.upper()}  ({seconds:.0f} s)", *report.summary, ""]
     if report.power:
         lines.append("Planted into a copy of your data, and found:")
-        lines += [
-            f"  {row.title:<50} {row.found:>4} of {row.planted:<4} "
-            f"{row.false_alarms_per_thousand:5.1f} of 1,000 others"
+        planted = [
+            [row.title, f"{row.found:,}", f"of {row.planted:,}",
+             f"{row.false_alarms_per_thousand:.1f} of 1,000 others"]
             for row in report.power
-        ]
-        lines.append("")
-    for finding in report.findings[:10]:
-        why = finding.reasons[0] if finding.reasons else ""
-        lines.append(f"  {finding.kind:<7} {ascii(finding.id)[1:-1]}  {why}")
+        ]  # fmt: skip
+        lines += [runs.columns(planted, right=(1, 3)), ""]
+    found = [
+        [one.kind, ascii(one.id)[1:-1], *(one.reasons[:1] or [""])] for one in report.findings[:10]
+    ]
+    if found:
+        lines.append(runs.columns(found))
     if len(report.findings) > 10:
         lines.append(f"  ... {len(report.findings) - 10:,} more")
     return "\n".join([*lines, "", f"Report: {out / 'report.html'}"])
-
-
-class Progress:
-    """A line for each stage; on a terminal it is redrawn, elsewhere it is printed when it ends."""
-
-    def __init__(self) -> None:
-        self._stage = ""
-        self._start = time.monotonic()
-        self._shown = 0.0
-        self._terminal = sys.stdout.isatty()
-
-    def tell(self, stage: str, done: int, total: int) -> None:
-        """Shows that of a stage `done` of `total` is done."""
-        now = time.monotonic()
-        if stage != self._stage:
-            self._stage, self._start, self._shown = stage, now, 0.0
-        finished = done >= total
-        if not finished and now - self._shown < (0.2 if self._terminal else 10):
-            return
-        self._shown = now
-        text = f"{stage}: {done:,} of {total:,}, {now - self._start:.0f} s"
-        if self._terminal and not finished:
-            print(f"\r{text:<70}", end="", flush=True)
-        else:
-            runs.say(f"\r{text:<70}" if self._terminal else text)
-
-    def close(self) -> None:
-        """Ends the line."""
-        self._stage = ""
 
 
 def clean_main(arguments: Sequence[str]) -> int:

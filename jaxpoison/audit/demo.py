@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxpoison import runs
 from jaxpoison.audit._audit import Audit
 from jaxpoison.data import Splits
 from jaxpoison.data.readers import Source
@@ -63,10 +64,11 @@ def table(result: Audit, planted: Planted) -> str:
     """Returns what was found of each planted fault, for a terminal."""
     flagged = np.zeros(len(result.source), bool)
     flagged[result.source_rows[result.flagged]] = True
-    lines = ["Of the faults that the demo put into the data, the audit flagged:"]
-    for name in dict.fromkeys(planted.names):
-        rows = planted.rows[planted.names == name]
-        lines.append(f"  {name:<12} {np.count_nonzero(flagged[rows]):>3} of {len(rows)}")
-    others = np.setdiff1d(np.arange(len(flagged)), planted.rows)
-    lines.append(f"  {'others':<12} {np.count_nonzero(flagged[others]):>3} of {len(others):,}")
-    return "\n".join(lines)
+    groups = {name: planted.rows[planted.names == name] for name in dict.fromkeys(planted.names)}
+    groups["others"] = np.setdiff1d(np.arange(len(flagged)), planted.rows)
+    lines = [
+        [name, f"{np.count_nonzero(flagged[rows]):,}", f"of {len(rows):,}"]
+        for name, rows in groups.items()
+    ]
+    title = "Of the faults that the demo put into the data, the audit flagged:"
+    return f"{title}\n{runs.columns(lines, right=(1,))}"
