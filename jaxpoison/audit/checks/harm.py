@@ -69,5 +69,5 @@ CHECK = Check(
     kind="harm",
     cannot_see="Harm to images unlike the trusted ones, such as images with a trigger.",
     score=_score,
-    threats=("flip", "confusion"),
+    threats=("flip",),
 )
