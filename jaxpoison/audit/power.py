@@ -1,13 +1,13 @@
 """Thresholds and power from canaries: which planted faults do these checks find on these data?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxpoison.audit import calibrate
 from jaxpoison.audit.evidence import Evidence
-from jaxpoison.audit.plant import THREATS, Planted, Threat
+from jaxpoison.audit.plant import SHORTCUTS, THREATS, Planted, Threat
 from jaxpoison.audit.verdict import Check, NotRun, Scores
 
 RATE = 0.2
@@ -51,13 +51,29 @@ class Family(NamedTuple):
     share: float
 
 
+class Shortcut(NamedTuple):
+    """What the checks of whole sets say of a copy with a shortcut.
+
+    Attributes:
+      threat: what was planted.
+      flagged: {check: whether it flags the copy}, of every check that ran.
+    """
+
+    threat: Threat
+    flagged: dict[str, bool]
+
+
 def run(checks: Sequence[Check], evidence: Evidence) -> dict[str, Scores | NotRun]:
     """Returns what each check finds, by name."""
     return {check.name: check.score(evidence) for check in checks}
 
 
 def families(
-    checks: Sequence[Check], found: Found, in_copy: Found, planted: Planted
+    checks: Sequence[Check],
+    found: Found,
+    in_copy: Found,
+    planted: Planted,
+    known: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[Family, ...]:
     """Returns the verdict on each threat that has canaries.
 
@@ -66,16 +82,40 @@ def families(
       found: what they find in the data.
       in_copy: what they find in the copy.
       planted: the copy.
+      known: {kind of threat: float [N]}, what a person has said of images, see `calibrate.fit`.
     """
+    known = {} if known is None else known
     names = np.unique(planted.threats)
     return tuple(
-        _family(threat, checks, found, in_copy, planted)
+        _family(threat, checks, found, in_copy, planted, known.get(threat.kind))
         for threat in THREATS
         if threat.name in names
     )
 
 
-def _family(threat, checks, found, in_copy, planted):
+def shortcuts(
+    checks: Sequence[Check], copy_with: Callable[[float], Evidence]
+) -> tuple[Shortcut, ...]:
+    """Returns what checks of whole sets say of copies with shortcuts.
+
+    Args:
+      checks: all checks.
+      copy_with: share of the images -> a copy with class-wise noise on it.
+    """
+    of_sets = [check for check in checks if "classwise" in check.threats]
+    results = []
+    for threat, share in SHORTCUTS.items():
+        found = run(of_sets, copy_with(share))
+        wholes = {
+            name: scores.whole.flagged
+            for name, scores in found.items()
+            if isinstance(scores, Scores) and scores.whole is not None
+        }
+        results.append(Shortcut(threat, wholes))
+    return tuple(results)
+
+
+def _family(threat, checks, found, in_copy, planted, known):
     of_threat = [
         check.name
         for check in checks
@@ -95,8 +135,10 @@ def _family(threat, checks, found, in_copy, planted):
     say = _with_a_say(copy[:, canaries], copy[:, others])
     if len(canaries) >= calibrate.LEAST and say:
         planted_among = copy[:, canaries], copy[:, others]
-        model = calibrate.fit(data[say], *(x[say] for x in planted_among))
+        model = calibrate.fit(data[say], *(x[say] for x in planted_among), known)
         p, share = calibrate.p_values(model, data[say]), model.share
+        if known is not None:
+            p = np.where(known == 0, 1 / (len(p) + 1), p)
         q = calibrate.benjamini_hochberg(p)
         each = {of_threat[j]: _own(data[j], *(x[j] for x in planted_among)) for j in say}
     num_found, others_flagged = _power(copy, canaries, others)
@@ -152,7 +194,12 @@ def _own(scores, canaries, among):
 
 
 def _power(copy, canaries, others):
-    """Returns (canaries found, others flagged of a thousand); halves judge each other."""
+    """Returns (canaries found, others flagged of a thousand).
+
+    Nothing is judged by a threshold that it helped to set: each half of the canaries by models of
+    the other half, and each half of the other images by the model of their other half (a half-split
+    null).
+    """
     found, flagged = 0, []
     for half in range(2):
         fitted, judged = canaries[half::2], canaries[1 - half :: 2]
@@ -160,9 +207,12 @@ def _power(copy, canaries, others):
         if len(fitted) < calibrate.LEAST or not say:
             flagged.append(0.0)
             continue
-        model = calibrate.fit(copy[say][:, others], copy[say][:, fitted])
-        rows = np.concatenate([judged, others])
-        q = calibrate.benjamini_hochberg(calibrate.p_values(model, copy[say][:, rows]))
+        p = np.empty(copy.shape[1])
+        for part in range(2):
+            model = calibrate.fit(copy[say][:, others[part::2]], copy[say][:, fitted])
+            rows = np.concatenate([judged[1 - part :: 2], others[1 - part :: 2]])
+            p[rows] = calibrate.p_values(model, copy[say][:, rows])
+        q = calibrate.benjamini_hochberg(p[np.concatenate([judged, others])])
         found += int(np.count_nonzero(q[: len(judged)] <= RATE))
         flagged.append(1000 * float(np.mean(q[len(judged) :] <= RATE)))
     return found, float(np.mean(flagged))

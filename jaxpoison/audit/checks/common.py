@@ -73,6 +73,15 @@ def untrained(evidence: Evidence) -> NotRun | None:
     return one_class(evidence)
 
 
+def without_layers(evidence: Evidence) -> NotRun | None:
+    """Returns why there are no statistics of the trained network's layers, or None."""
+    if reason := untrained(evidence):
+        return reason
+    if evidence.trained is not None and not evidence.trained.vectors.shape[1]:
+        return NotRun("The trained network has no BatchNorm layers, whose statistics are compared.")
+    return None
+
+
 def named(evidence: Evidence, label: int | np.integer) -> str:
     """Returns a class in quotes, as sentences name it."""
     return f"'{evidence.class_names[label]}'"
