@@ -373,11 +373,13 @@ def _judged(stage, evidence, copy, decided):
         for place, check in enumerate(CHECKS):
             results[check.name] = check.score(each)
             stage.tell(f"Checks{which}", place + 1, len(CHECKS))
-    families = power.families(CHECKS, *found.values(), copy)
+    families = power.families(CHECKS, *found.values(), copy, labels=evidence.labels)
     judgement = assemble.Judgement(CHECKS, found[""], families)
     if decided is not None and decided.decisions:
         known = assemble.known(judgement, evidence.ids, decided)
-        families = power.families(CHECKS, *found.values(), copy, known)
+        families = power.families(
+            CHECKS, *found.values(), copy, labels=evidence.labels, known=known
+        )
     return judgement._replace(families=families)
 
 

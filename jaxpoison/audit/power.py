@@ -6,16 +6,19 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpoison.audit import calibrate
+from jaxpoison.audit.checks import common
 from jaxpoison.audit.evidence import Evidence
 from jaxpoison.audit.plant import SHORTCUTS, THREATS, Planted, Threat
 from jaxpoison.audit.verdict import Check, NotRun, Scores
 
 RATE = 0.2
 """False discovery rate of the findings of one threat."""
-LEAST_POWER = 0.65
+LEAST_POWER = 0.8
 """Probability that a canary scores above another image, below which a check has no say.
 
-Not the recall at few false alarms: faults that are in the data already take the first places.
+Not the recall at few false alarms: faults that are in the data already take the first places. With
+less, what makes canaries stand out may be what makes a third of the honest images do so as well,
+and no likelihood tells one from the other.
 """
 
 Found = Mapping[str, Scores | NotRun]
@@ -73,6 +76,8 @@ def families(
     found: Found,
     in_copy: Found,
     planted: Planted,
+    *,
+    labels: np.ndarray | None = None,
     known: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[Family, ...]:
     """Returns the verdict on each threat that has canaries.
@@ -82,12 +87,15 @@ def families(
       found: what they find in the data.
       in_copy: what they find in the copy.
       planted: the copy.
+      labels: int [N], of the data. With them, scores for poisons are compared with what is usual
+        in the class: canaries of poisons have one label, and whatever sets this class apart would
+        pass for their mark.
       known: {kind of threat: float [N]}, what a person has said of images, see `calibrate.fit`.
     """
     known = {} if known is None else known
     names = np.unique(planted.threats)
     return tuple(
-        _family(threat, checks, found, in_copy, planted, known.get(threat.kind))
+        _family(threat, checks, found, in_copy, planted, labels, known.get(threat.kind))
         for threat in THREATS
         if threat.name in names
     )
@@ -115,7 +123,7 @@ def shortcuts(
     return tuple(results)
 
 
-def _family(threat, checks, found, in_copy, planted, known):
+def _family(threat, checks, found, in_copy, planted, labels, known):
     of_threat = [
         check.name
         for check in checks
@@ -124,6 +132,8 @@ def _family(threat, checks, found, in_copy, planted, known):
     ]
     data = _matrix(of_threat, found)
     copy = _matrix(of_threat, in_copy)
+    if threat.kind == "poison" and labels is not None:
+        data, copy = _in_class(data, labels), _in_class(copy, planted.evidence.labels)
     canaries = planted.rows[planted.threats == threat.name]
     others = np.setdiff1d(np.arange(copy.shape[1]), planted.rows)
     recalls = {
@@ -166,6 +176,17 @@ def _matrix(names, found):
         if array is not None
     )
     return np.array([found[name].score for name in names], float).reshape(len(names), rows)
+
+
+def _in_class(scores, labels):
+    """Returns scores [J, N], unbounded, less the median of the class; NaN stays NaN."""
+    values = common.unbounded(scores)
+    for label in np.unique(labels):
+        mine = labels == label
+        for row in values:
+            known = row[mine & ~np.isnan(row)]
+            row[mine] -= np.median(known) if len(known) else 0.0
+    return values
 
 
 def _by_rule(threat, checks, found):

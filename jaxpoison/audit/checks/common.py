@@ -18,6 +18,12 @@ def bounded(values: np.ndarray) -> np.ndarray:
     return (0.5 + 0.5 * values / (1 + np.abs(values))).astype(np.float32)
 
 
+def unbounded(scores: np.ndarray) -> np.ndarray:
+    """Returns float64 values whose `bounded` ones are the scores, in [-1e6, 1e6]."""
+    around = 2 * np.asarray(scores, np.float64) - 1
+    return around / np.maximum(1 - np.abs(around), 1e-6)
+
+
 def scaled(values: np.ndarray) -> np.ndarray:
     """Returns values over their median magnitude, so that a factor on all of them is no matter."""
     values = np.asarray(values, np.float64)
