@@ -131,7 +131,7 @@ def test_what_sets_a_class_apart_is_no_mark_of_a_poison():
         assert abs(result.found - found) <= 2 and not result.flagged.any()
         assert list(result.each) == (["good"] if found else [])
     (blind,) = power.families(checks[:1], clean, there, copy)
-    assert blind.flagged.sum() > 300  # what it would be without
+    assert blind.flagged.sum() > 150  # what it would be without
 
 
 def test_a_rule_is_counted_as_it_flags():
