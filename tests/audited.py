@@ -60,7 +60,9 @@ POWER = (
                    "Found where the pattern covers the object."),
     findings.Power("collision", "Feature collisions with clean labels", 50, 1, 4.2,
                    {"neighbors": 0.02, "witnesses": 0.02}),
-    findings.Power("classwise", "A faint pattern for each class", 0, 0, 0.0, {},
+    findings.Power("classwise", "A faint pattern for each class", 1, 1, 0.0, {"linear": 1.0},
+                   whole=True),
+    findings.Power("deep", "A pattern that only deep networks see", 0, 0, 0.0, {},
                    "Too few images a class."),
 )  # fmt: skip
 WORTH = findings.Worth(
@@ -144,6 +146,12 @@ def sample(number: int = 36, *, hostile: bool = False) -> findings.Report:
         pictures=pictures, config={"quick": False, "seed": 0, "trusted": None, "size": [32, 32]},
         replay="jaxpoison audit /data/photos --seed 0",
     )  # fmt: skip
+
+
+def page(report, folder, **options):
+    """Writes a report and returns its page."""
+    findings.write(report, folder, ids=(), **options)
+    return (folder / "report.html").read_text()
 
 
 def changed(record, **fields):

@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -45,6 +47,10 @@ def no_network(monkeypatch):
     monkeypatch.setattr(_audit, "foreign", embedding)
 
 
+COMMAND = [sys.executable, "-m", "jaxpoison"]
+ROOT = {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+
 def as_a_user(arguments, place):
     """Runs the command in a process with the environment of a user, not of these tests."""
     environment = {
@@ -52,9 +58,9 @@ def as_a_user(arguments, place):
         for name, value in os.environ.items()
         if not name.startswith(("JAX_", "XLA_FLAGS"))
     }
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    command = [sys.executable, "-m", "jaxpoison", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment)
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, cwd=place, env=environment | ROOT
+    )
 
 
 @pytest.fixture(scope="module")
@@ -125,25 +131,28 @@ def test_a_hash_is_which_area_is_brighter():
 
 
 @pytest.fixture
-def planted(source, evidence):
-    def read(rows):
-        unique, place = np.unique(rows, return_inverse=True)
-        return np.concatenate([b.images for b in source.batches(32, 64, rows=unique)])[place]
+def read(source):
+    return _audit._Reader(source, np.arange(300))
 
-    return plant.plant(evidence, read, embedding())
+
+@pytest.fixture
+def planted(evidence, read):
+    return plant.plant(evidence, plant.canaries(evidence, read, embedding()))
 
 
 def test_canaries_are_what_they_are_called(images, evidence, planted):
     copy = planted.evidence
     names, counts = np.unique(planted.threats, return_counts=True)
     count = len(evidence.labels) // (4 * len(plant.THREATS))
-    assert dict(zip(names, counts, strict=True)) == {t.name: count for t in plant.THREATS}
+    assert dict(zip(names, counts, strict=True)) == {
+        t.name: plant.LABELS * count if t.name == "flip" else count for t in plant.THREATS
+    }
     assert len(set(planted.rows)) == len(planted.rows)
     rows = {name: planted.rows[planted.threats == name] for name in names}
     old, new = evidence.labels, copy.labels
     assert np.all(new[rows["flip"]] != old[rows["flip"]])
     np.testing.assert_array_equal(copy.images[rows["flip"]], evidence.images[rows["flip"]])
-    mistaken = rows["flip"][round(count * plant.ANYHOW) :]
+    mistaken = rows["flip"][round(plant.LABELS * count * plant.ANYHOW) :]
     believed = foreign.predictions(evidence).probabilities
     assert np.all(believed[mistaken].argmax(1) == old[mistaken])
     assert np.all(new[mistaken] != old[mistaken])
@@ -196,7 +205,8 @@ def test_the_rest_of_the_copy_and_the_original_are_as_they_were(images, evidence
 def test_nothing_is_planted_where_there_is_no_room(images, tmp_path, rows):
     source = Source.from_arrays(images.images[rows], images.labels[rows])
     found = measure.measure(source, embedding(), tmp_path)[0]
-    assert len(plant.plant(found, lambda rows: images.images[rows], embedding()).rows) == 0
+    changes = plant.canaries(found, lambda rows: images.images[rows], embedding())
+    assert len(changes.rows) == 0 and len(plant.plant(found, changes).rows) == 0
 
 
 def test_class_wise_noise_is_one_pattern_for_a_class(images):
@@ -206,6 +216,26 @@ def test_class_wise_noise_is_one_pattern_for_a_class(images):
         mine, seen = moved[images.labels == label], inside[images.labels == label]
         pattern = np.sign(mine.sum(0))
         np.testing.assert_array_equal(mine[seen], np.broadcast_to(8 * pattern, mine.shape)[seen])
+
+
+def test_class_wise_noise_on_larger_images_is_that_on_small_ones(images):
+    large = images.images.repeat(3, axis=1).repeat(3, axis=2)
+    moved = plant.classwise(large, images.labels, share=0.5)
+    np.testing.assert_array_equal(
+        measure.shrink(moved, 32), plant.classwise(images.images, images.labels, share=0.5)
+    )
+
+
+def test_a_copy_with_a_shortcut_is_a_sample_with_noise(images, evidence, read, monkeypatch):
+    monkeypatch.setattr(plant, "MOST_WITH_SHORTCUT", 100)
+    copy = plant.with_shortcut(evidence, read, embedding(), 0.5)
+    assert len(copy.labels) == 100 and copy.trained is None
+    rows = [list(evidence.ids).index(id_) for id_ in copy.ids]
+    np.testing.assert_array_equal(copy.labels, images.labels[rows])
+    changed = (copy.images != images.images[rows]).any(axis=(1, 2, 3))
+    assert 30 < changed.sum() < 70
+    np.testing.assert_allclose(copy.embedding, embedding().embed(copy.images), atol=1e-6)
+    assert len(np.unique(copy.digests, axis=0)) == 100
 
 
 def folder_of(images, place, count=120):
@@ -269,6 +299,48 @@ def test_the_configuration_replays_the_audit(folder, tmp_path):
     assert first == second
 
 
+# What is in the cache at the moment of a kill.
+MOMENTS = {
+    "while images are read": "measure-*/state.npy",
+    "before anything is trained": "planted-*/canaries.npz",
+    "while the copy's network is trained": "copy-*/checkpoints/1",
+}
+
+
+def test_a_command_that_is_killed_anywhere_goes_on(images, tmp_path):
+    """SIGKILL at several moments, then the same command: the findings are those of one run."""
+    photos = folder_of(images, tmp_path / "photos", 150)
+    before, home = state(photos), tmp_path / "home"
+    home.mkdir()
+    places = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(home))
+    environment = dict(os.environ) | ROOT | places
+    arguments = ["audit", str(photos), "--no-worth", "--epochs", "2", "--out"]
+
+    def killed(moment):
+        """Kills the command once there is such a file; returns whether it was at work then."""
+        process = subprocess.Popen(
+            [*COMMAND, *arguments, "cut"], cwd=tmp_path, env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while process.poll() is None and not any((tmp_path / "cut").glob(f"cache/{moment}")):
+            time.sleep(0.01)
+        process.kill()
+        return process.wait() == -signal.SIGKILL
+
+    for moment in MOMENTS.values():
+        assert killed(moment)
+        assert not (tmp_path / "cut" / "findings.json").exists()
+    for out in ("cut", "whole"):
+        subprocess.run(
+            [*COMMAND, *arguments, out], cwd=tmp_path, env=environment, check=True,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+    cut, whole = ((tmp_path / out / "findings.json").read_text() for out in ("cut", "whole"))
+    assert cut == whole
+    assert state(photos) == before and not list(home.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "home", "photos", "whole"]
+
+
 def test_arrays_go_in_and_pandas_come_out(images):
     result = _audit.audit(images.images, images.labels, settings=QUICK)
     frame = result.to_pandas()
@@ -286,7 +358,7 @@ def test_the_example_of_the_guide():
     assert len(names["findings"]) == len(names["result"].report.findings)
 
 
-def test_the_whole_audit_with_trusted_images(images, tmp_path):
+def test_the_whole_audit_with_trusted_images(images, tmp_path, monkeypatch):
     """All stages, small: two epochs, so nothing is claimed of what they find."""
     told = []
     settings = dataclasses.replace(_audit.Settings(), epochs=2, worth=False)
@@ -301,13 +373,28 @@ def test_the_whole_audit_with_trusted_images(images, tmp_path):
     ]  # fmt: skip
     assert result.evidence.trained.margins.shape == (2, 300)
     assert result.evidence.trusted.trained.features.shape == (50, 128)
-    assert {power.threat for power in result.report.power} == {t.name for t in plant.THREATS}
+    threats = [*plant.THREATS, *plant.SHORTCUTS]
+    assert [power.threat for power in result.report.power] == [t.name for t in threats]
+    assert [power.whole for power in result.report.power][-3:] == [False, True, True]
+    assert result.report.power[-1].found == 1  # noise on all images is found on 300 of them
     assert {check.status for check in result.report.checks} <= {"ran", "not run"}
+    # What was planted is kept as well.
+    monkeypatch.setattr(plant, "canaries", None)
     again = _audit.audit(
         images.images, images.labels, trusted=(trusted.images, trusted.labels),
         settings=settings, folder=tmp_path,
     )  # fmt: skip
     assert again.report == result.report
+    # Other trusted images: nothing is trained or planted again.
+    told.clear()
+    fewer = trusted.take(np.arange(20))
+    other = _audit.audit(
+        images.images, images.labels, trusted=(fewer.images, fewer.labels),
+        settings=settings, folder=tmp_path, tell=lambda stage, *_: told.append(stage),
+    )  # fmt: skip
+    assert not any(stage.startswith("Training") for stage in told)
+    np.testing.assert_array_equal(other.evidence.trained.margins, result.evidence.trained.margins)
+    assert len(other.evidence.trusted.trained.features) == 20
 
 
 def test_one_class_and_one_image_are_answered(images):
@@ -356,3 +443,107 @@ def test_an_image_has_one_finding_and_labels_by_rule_come_first(source, tmp_path
 
 def test_a_table_and_a_folder_are_read_alike(folder):
     assert open_source(folder).class_names[0] == "class0"
+
+
+MYCODE = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+from jaxpoison.network import from_linen
+
+
+class Linen(nn.Module):
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.classes)(nn.relu(nn.Dense(8)(x.mean(axis=(1, 2)))))
+
+
+class NNX(nnx.Module):
+    def __init__(self):
+        self.inner = nnx.Linear(3, 8, rngs=nnx.Rngs(0))
+        self.outer = nnx.Linear(8, 10, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.outer(nnx.relu(self.inner(x.mean(axis=(1, 2)))))
+
+
+def linen(classes=10):
+    model = Linen(classes)
+    return model, model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def other_weights():
+    return Linen(), linen(5)[1]
+
+
+def no_weights():
+    return Linen(), {}
+
+
+def model_alone():
+    return Linen()
+
+
+def five():
+    return linen(5)
+
+
+def three():
+    return 1, 2, 3
+
+
+def number():
+    return 7
+"""
+
+
+@pytest.fixture
+def mycode(tmp_path):
+    (tmp_path / "mycode.py").write_text(MYCODE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["linen", "NNX"])
+def test_a_network_of_the_users_own_takes_the_place_of_training(name, images, mycode):
+    folder_of(images, mycode / "photos", 100)
+    result = as_a_user(
+        ["audit", "photos", "--network", f"mycode:{name}", "--no-worth"], mycode
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "Training" not in result.stdout
+    report = findings.read(mycode / "photos-audit")
+    ran = {check.name for check in report.checks if check.status == "ran"}
+    assert {"margins", "witnesses", "spectral"} <= ran
+    # Without BatchNorm there are no statistics of layers.
+    assert "characteristic" not in ran
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere:load", "No module named 'nowhere'; run the command where nowhere.py is"),
+        ("mycode:nothing", "mycode has no function 'nothing'"),
+        ("mycode:jnp", "mycode has no function 'jnp'"),
+        ("mycode:three", "it returns 3 values, not two"),
+        ("mycode:number", "a int is no network"),
+        ("mycode:model_alone", "has no variables"),
+        ("mycode:no_weights", "the variables do not fit the network"),
+        ("mycode:other_weights", "the variables do not fit the network"),
+        ("mycode:five", "tells 5 classes apart, the data have 10"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused_at_the_door(
+    name, message, images, mycode, monkeypatch
+):
+    folder_of(images, mycode / "photos", 100)
+    monkeypatch.chdir(mycode)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mycode", raising=False)
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        cli.main(["audit", "photos", "--network", name])
+    assert not (mycode / "photos-audit").exists()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpoison.audit import foreign, nearest, similar
-from jaxpoison.audit.checks import CHECKS, common
+from jaxpoison.audit.checks import CHECKS, common, noise
 from jaxpoison.audit.evidence import Evidence, Training
 from jaxpoison.audit.verdict import NotRun
 
@@ -432,6 +432,58 @@ def test_a_tight_cluster_in_a_class_comes_first(name):
     found = run(name, dataclasses.replace(evidence, trained=trained))
     assert set(np.argsort(-found.score)[:8]) == set(rows)
     assert "'b'" in found.reason(rows[0])
+
+
+def smooth(seed=3, gray=False):
+    """Returns images whose brightness changes everywhere, and whose color changes slowly."""
+    rng = np.random.default_rng(seed)
+    color = rng.uniform(60, 190, (NUM, 2, 2, 3)).repeat(16, axis=1).repeat(16, axis=2)
+    light = rng.normal(0, 25, (NUM, 32, 32, 1))
+    images = (color.mean(axis=-1, keepdims=True) if gray else color) + light
+    return np.clip(np.broadcast_to(images, color.shape), 0, 255).astype(np.uint8)
+
+
+def signs(images, rows, size, rng, *, gray=False):
+    """Returns the images with noise on some, as attacks by the signs of gradients leave it."""
+    shape = (len(rows), 32, 32, 1 if gray else 3)
+    moved = images.copy()
+    changed = images[rows] + size * rng.choice([-1, 1], shape)
+    moved[rows] = np.clip(changed, 0, 255).astype(np.uint8)
+    return moved
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_noise_of_gradients_comes_first(size):
+    images = signs(smooth(), ROWS, size, np.random.default_rng(0))
+    found = run("noise", with_images(make(), images))
+    assert set(np.argsort(-found.score)[:3]) == set(ROWS)
+    assert "color changes" in found.reason(ROWS[0]) and found.score[ROWS].min() > 0.9
+
+
+def test_gray_images_are_compared_with_gray_ones():
+    images = smooth()
+    half = np.arange(NUM) >= NUM // 2
+    flat = np.full((NUM, 32, 32, 3), 128, np.uint8)
+    images[half] = flat[half]
+    moved = signs(images, [5], 8, np.random.default_rng(0))
+    moved = signs(moved, [NUM - 3], 8, np.random.default_rng(1), gray=True)
+    found = run("noise", with_images(make(), moved))
+    assert set(np.argsort(-found.score)[:2]) == {5, NUM - 3}
+    assert "brightness changes" in found.reason(NUM - 3)
+
+
+def test_roughness_is_that_of_its_definition():
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 6, 3)).astype(np.uint8)
+    rough, colored = noise.roughness(images)
+    assert colored.all()
+    value = []
+    for channel in (0, 2):
+        plane = images[1, :, :, channel].astype(float) - images[1, :, :, 1]
+        across = plane[:, :-2] - 2 * plane[:, 1:-1] + plane[:, 2:]
+        down = plane[:-2] - 2 * plane[1:-1] + plane[2:]
+        both = across[:-2] - 2 * across[1:-1] + across[2:]
+        value.append([np.log1p(np.abs(d)).mean() for d in (across, down, both)])
+    np.testing.assert_allclose(rough[1], np.mean(value), rtol=1e-5)
 
 
 def test_density_and_early_put_their_faults_first():

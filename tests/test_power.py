@@ -1,5 +1,7 @@
 """What canaries say: which checks have a say, what is flagged, and how much would be found."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -113,6 +115,23 @@ def test_two_weak_checks_find_more_than_one():
         return result.flagged[list(faulty)].mean()
 
     assert run(["a", "b", "c", "d"]) > run(["a"]) + 0.2
+
+
+def test_what_sets_a_class_apart_is_no_mark_of_a_poison():
+    """Canaries of poisons have one label. A check that ranks this label high finds no poison."""
+    labels = np.arange(NUM) % 10
+    rows = np.flatnonzero(labels == 3)[:40]
+    copy = Planted(types.SimpleNamespace(labels=labels), rows, np.array(["patch"] * 40))
+    of_class, poisoned = normal(0, np.flatnonzero(labels == 3), 3), normal(1, rows, 6)
+    checks = (check("class", ("patch",), "poison"), check("good", ("patch",), "poison"))
+    for score, found in ((of_class, 0), (poisoned, 40)):
+        there = {"class": scored(of_class), "good": scored(score)}
+        clean = {"class": scored(of_class), "good": scored(normal(2))}
+        (result,) = power.families(checks, clean, there, copy, labels=labels)
+        assert abs(result.found - found) <= 2 and not result.flagged.any()
+        assert list(result.each) == (["good"] if found else [])
+    (blind,) = power.families(checks[:1], clean, there, copy)
+    assert blind.flagged.sum() > 150  # what it would be without
 
 
 def test_a_rule_is_counted_as_it_flags():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import audited
 import numpy as np
@@ -166,8 +167,7 @@ def test_page_of_an_empty_report(tmp_path):
 
 
 def test_page_draws_the_first_and_those_to_confirm(report, tmp_path):
-    findings.write(report, tmp_path, ids=(), most=2)
-    page = (tmp_path / "report.html").read_text()
+    page = audited.page(report, tmp_path, most=2)
     assert page.count('class="finding ') == 2 + len(report.ask)
     assert page.count('class="undrawn"') == 1  # the decision on one that is not drawn is kept
 
@@ -178,8 +178,23 @@ def test_page_says_what_could_not_be_found(folder):
     assert "Feature collisions with clean labels" in page
 
 
+def test_page_says_which_shortcuts_it_would_flag(report, folder, tmp_path):
+    flagged = "A set like this is flagged as a whole."
+    page = (folder / "report.html").read_text()
+    assert page.count(flagged) == 1 and "not flagged" not in page
+    power = [audited.changed(p, found=0) if p.whole else p for p in report.power]
+    page = audited.page(audited.changed(report, power=power), tmp_path)
+    assert flagged not in page and page.count("not flagged") == 1
+    assert "<li>A faint pattern for each class</li>" in page
+
+
+def test_page_of_data_without_a_path_shows_no_command_that_needs_one(report, tmp_path):
+    page = audited.page(audited.changed(report, replay="jaxpoison demo"), tmp_path)
+    assert "jaxpoison clean" not in page and "--decisions" not in page
+    assert "jaxpoison demo" in page
+
+
 def test_page_shows_commands_that_a_shell_reads_as_they_are_meant(report, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    findings.write(report, "my photos-audit", ids=())
-    page = (tmp_path / "my photos-audit" / "report.html").read_text()
+    page = audited.page(report, Path("my photos-audit"))
     assert "jaxpoison clean &#39;my photos-audit&#39; --out &#39;my photos-clean&#39;" in page

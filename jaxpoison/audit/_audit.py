@@ -3,8 +3,9 @@
 In `cache/` of the audit's folder, keyed by the content of the data:
 
 measure-KEY/    arrays of one pass over the images (and of trusted ones)
-train-KEY/      the network trained on the data, with checkpoints; training.npz when done
-copy-KEY/       canaries and the network trained on the copy
+planted-KEY/    canaries
+train-KEY/      checkpoints of the network trained on the data
+copy-KEY/       and of the one trained on the copy with canaries
 worth-KEY/      trainings with and without what was flagged
 """
 
@@ -25,7 +26,7 @@ from jaxpoison.audit.measure import BATCH, foreign, measure, side
 from jaxpoison.audit.records import Report, Unreadable, WorthRow
 from jaxpoison.audit.records import Worth as WorthRecord
 from jaxpoison.audit.worth import worth as measure_worth
-from jaxpoison.core.files import check_writable
+from jaxpoison.core.files import check_writable, read_npz, replacing
 from jaxpoison.data import Dataset
 from jaxpoison.data.readers import Source, open_source
 
@@ -109,7 +110,9 @@ def audit(
       trusted: images with labels that are known to be right, of the same classes: a path, a
         `Source`, or a pair (images, labels). Five of each class help.
       network: a trained network to be used in place of one that is trained here, as a pair
-        (model, variables) that `network.as_network` takes; it sees images of 32x32.
+        (model, variables) of what `network.as_network` takes; variables may be None where the
+        model holds them. It sees images of 32x32, and has a logit for each class, in the order of
+        the classes' names.
       settings: what else decides the result.
       decided: what people have said of images in an earlier report.
       folder: the audit's; its `cache` makes a second run fast and a killed one go on. None for a
@@ -120,8 +123,8 @@ def audit(
       tell: called as `tell(stage, done, total)`.
 
     Raises:
-      ValueError: for data that cannot be audited: see `open_source`; or a trusted set of other
-        classes.
+      ValueError: for data that cannot be audited: see `open_source`; a trusted set of other
+        classes; or a network that does not fit, see `trained.checked`.
     """
     settings = Settings() if settings is None else settings
     if folder is None:
@@ -150,23 +153,31 @@ def _audit(
     in_memory, **_,
 ):  # fmt: skip
     source = as_source(images, labels, "images")
+    if network is not None:
+        network = trained.checked(*network, len(source.class_names))
     embedding = foreign()
     stage = _Stage(check_writable(Path(folder) / "cache"), settings, tell)
     fingerprint = source.fingerprint()
+    if decided is not None:
+        decisions.check_same(decided, fingerprint)
     evidence, problems, rows = _measured(stage, source, fingerprint, embedding, "Reading images")
     white = witness.whitening(evidence.embedding)
     embedding = embedding.then(white)
     evidence = _whitened(stage, evidence, white, fingerprint)
     extra, extra_key = _trusted(stage, trusted, evidence, decided, white)
-    # Trusted images, of whatever kind, change neither training: a run with them finds both done.
-    trainings = (fingerprint, embedding.name, f"epochs {settings.epochs}, seed {settings.seed}")
     evidence = dataclasses.replace(evidence, trusted=extra)
-    copy = _planted(stage, source, evidence, rows, embedding)
+    read = _Reader(source, rows)
+    # Nothing of this depends on trusted images: with others, or more, nothing is trained again.
+    key = fingerprint, embedding.name, str(settings.seed), str(settings.epochs)
+    planted = (*key, str(plant.THREATS))
+    copy = _planted(stage, evidence, read, embedding, planted)
     if not settings.quick and len(np.unique(evidence.labels)) > 1:
-        evidence = _with_training(stage, "train", evidence, trainings, network)
-        planted = _with_training(stage, "copy", copy.evidence, trainings, network)
-        copy = copy._replace(evidence=planted)
-    judgement = _judged(stage, evidence, copy)
+        evidence = _with_training(stage, "train", evidence, key, network)
+        twin = _with_training(stage, "copy", copy.evidence, planted, network)
+        copy = copy._replace(evidence=twin)
+    judgement = _judged(stage, evidence, copy, decided)._replace(
+        shortcuts=_with_shortcuts(stage, evidence, read, embedding)
+    )
     report = assemble.report(
         judgement, evidence, tuple(Unreadable(p.id, p.reason) for p in problems),
         source=name or source.kind, fingerprint=fingerprint,
@@ -175,10 +186,8 @@ def _audit(
     if decided is not None:
         report = decisions.merge(report, decided)
     if settings.worth and evidence.trained is not None:
-        retrainings = (*trainings, extra_key)
-        report = assemble.with_worth(
-            report, _worth(stage, report, judgement, evidence, retrainings)
-        )
+        key = (*key, extra_key)
+        report = assemble.with_worth(report, _worth(stage, report, judgement, evidence, key))
     if in_memory:
         evidence = _in_memory(evidence)
     return Audit(report, evidence, judgement, rows, source)
@@ -283,14 +292,16 @@ def _in_memory(evidence):
     return dataclasses.replace(evidence, **whole)
 
 
-def _planted(stage, source, evidence, rows, embedding):
-    stage.tell("Planting known faults into a copy", 0, 1)
-    size = side(source)
+class _Reader(NamedTuple):
+    """Reads images of the evidence at the size that the foreign witness sees."""
 
-    def read(some):
-        wanted = rows[some]
-        unique, place = np.unique(wanted, return_inverse=True)
-        parts = [batch.images for batch in source.batches(size, BATCH, rows=unique)]
+    source: Source
+    rows: np.ndarray
+
+    def __call__(self, some: np.ndarray) -> np.ndarray:
+        size = side(self.source)
+        unique, place = np.unique(self.rows[some], return_inverse=True)
+        parts = [batch.images for batch in self.source.batches(size, BATCH, rows=unique)]
         images = np.concatenate(parts) if parts else np.empty((0, size, size, 3), np.uint8)
         if len(images) != len(unique):
             raise ValueError(
@@ -299,9 +310,34 @@ def _planted(stage, source, evidence, rows, embedding):
             )
         return np.array(images[place])
 
-    copy = plant.plant(evidence, read, embedding, seed=stage.settings.seed)
+
+def _planted(stage, evidence, read, embedding, key):
+    """Returns the copy with canaries, which are kept in a file."""
+    stage.tell("Planting known faults into a copy", 0, 1)
+    path = stage.folder("planted", *key) / "canaries.npz"
+    if path.exists():
+        changes = plant.Changes(**read_npz(path, "canaries", required=plant.Changes._fields))
+    else:
+        changes = plant.canaries(evidence, read, embedding, seed=stage.settings.seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            np.savez(file, **changes._asdict())
     stage.tell("Planting known faults into a copy", 1, 1)
-    return copy
+    return plant.plant(evidence, changes)
+
+
+def _with_shortcuts(stage, evidence, read, embedding):
+    """Returns what checks of the whole set say of copies with a shortcut."""
+    told = stage.progress("Planting shortcuts into copies")
+    done = iter(range(len(plant.SHORTCUTS)))
+
+    def copy_with(share):
+        told(next(done), len(plant.SHORTCUTS))
+        return plant.with_shortcut(evidence, read, embedding, share, seed=stage.settings.seed)
+
+    found = power.shortcuts(CHECKS, copy_with)
+    told(len(plant.SHORTCUTS), len(plant.SHORTCUTS))
+    return found
 
 
 def _with_training(stage, what, evidence, key, network):
@@ -330,15 +366,21 @@ def _trained_here(stage, folder, evidence, title):
     return done.training, done.variables, model
 
 
-def _judged(stage, evidence, copy):
+def _judged(stage, evidence, copy, decided):
     found = {}
     for which, each in (("", evidence), (" of the copy", copy.evidence)):
         results = found.setdefault(which, {})
         for place, check in enumerate(CHECKS):
             results[check.name] = check.score(each)
             stage.tell(f"Checks{which}", place + 1, len(CHECKS))
-    families = power.families(CHECKS, found[""], found[" of the copy"], copy)
-    return assemble.Judgement(CHECKS, found[""], families)
+    families = power.families(CHECKS, *found.values(), copy, labels=evidence.labels)
+    judgement = assemble.Judgement(CHECKS, found[""], families)
+    if decided is not None and decided.decisions:
+        known = assemble.known(judgement, evidence.ids, decided)
+        families = power.families(
+            CHECKS, *found.values(), copy, labels=evidence.labels, known=known
+        )
+    return judgement._replace(families=families)
 
 
 class _Pictures(NamedTuple):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpoison.audit import findings, power
+from jaxpoison.audit import decisions, findings, power
 from jaxpoison.audit.evidence import Evidence
 from jaxpoison.audit.records import (
     Advice,
@@ -46,11 +46,13 @@ class Judgement(NamedTuple):
       checks: all of them.
       found: what each finds in the data.
       families: verdicts on the threats that were planted.
+      shortcuts: what is said of copies with a shortcut.
     """
 
     checks: Sequence[Check]
     found: power.Found
     families: Sequence[power.Family]
+    shortcuts: Sequence[power.Shortcut] = ()
 
 
 def flagged_by_rule(judgement: Judgement, kind: Kind) -> np.ndarray | None:
@@ -87,6 +89,23 @@ def kinds(judgement: Judgement, num_rows: int) -> np.ndarray:
     return out
 
 
+def known(
+    judgement: Judgement, ids: np.ndarray, decided: decisions.Decisions
+) -> dict[str, np.ndarray]:
+    """Returns what people have said of images, for `power.families`: {kind: float [N]}.
+
+    A finding that was confirmed has a fault of its kind; one that was overruled, or called fine,
+    has none of any kind.
+    """
+    said = np.array([decided.decisions.get(str(id_), "") for id_ in ids])
+    found = kinds(judgement, len(ids))
+    honest = np.where(np.isin(said, ["overruled", "fine"]), 1.0, np.nan)
+    return {
+        kind: np.where((said == "confirmed") & (found == kind), 0.0, honest)
+        for kind in {family.threat.kind for family in judgement.families}
+    }
+
+
 def report(
     judgement: Judgement,
     evidence: Evidence,
@@ -121,7 +140,10 @@ def report(
     related = {id_ for finding in found[:DRAWN] for id_ in finding.related}
     place = {str(id_): row for row, id_ in enumerate(evidence.ids) if id_ in related}
     wholes = _conclusions(judgement)
-    table = tuple(_power(family) for family in judgement.families)
+    table = (
+        *map(_power, judgement.families),
+        *(_power_of_set(each) for each in judgement.shortcuts if each.flagged),
+    )
     verdict, summary = advice(evidence, found, wholes, table, len(problems))
     return Report(
         data=Data(
@@ -260,6 +282,8 @@ def _result(judgement, check, found):
         )
         if not any(check.name in family.each for family in judgement.families):
             reason += " It ranks them too low to have a say in the findings."
+    elif scores.whole is not None:
+        reason = "Decides by rule, on the whole set."
     elif check.threats:
         reason = "Nothing could be planted to calibrate it, so it flags nothing."
     else:
@@ -271,11 +295,6 @@ def _result(judgement, check, found):
 
 
 def _power(family):
-    note = ""
-    if not family.recalls:
-        note = "No check that ran looks for it."
-    elif 2 * family.found < family.planted:
-        note = "This audit would have missed most of these: their absence here means little."
     return Power(
         threat=family.threat.name,
         title=family.threat.title,
@@ -283,12 +302,29 @@ def _power(family):
         found=family.found,
         false_alarms_per_thousand=family.others_flagged,
         checks={name: float(recall) for name, recall in family.recalls.items()},
-        note=note,
+        note="" if family.recalls else "No check that ran looks for it.",
+    )
+
+
+def _power_of_set(shortcut):
+    return Power(
+        threat=shortcut.threat.name,
+        title=shortcut.threat.title,
+        planted=1,
+        found=int(any(shortcut.flagged.values())),
+        false_alarms_per_thousand=0.0,
+        checks={name: float(flagged) for name, flagged in shortcut.flagged.items()},
+        whole=True,
     )
 
 
 def _ask(found):
-    """Returns ids of the least certain findings, few of each class: a look at them tells most."""
+    """Returns ids of the least certain findings, few of each class.
+
+    What the tail of honest images holds of a finding is the probability that it is one; a decision
+    takes that away or makes it whole, for all images that score less. Of the least certain it is
+    the most.
+    """
     uncertain = sorted(
         (finding for finding in found[:DRAWN] if finding.q_value is not None),
         key=lambda finding: -finding.q_value,
@@ -320,8 +356,8 @@ def advice(
     summary = [f"{images}: {', '.join(parts) if parts else 'nothing found'}."]
     bad = [whole for whole in wholes if whole.flagged]
     summary += [whole.reason for whole in bad]
-    found_of = sum(row.found for row in table)
-    planted = sum(row.planted for row in table)
+    found_of = sum(row.found for row in table if not row.whole)
+    planted = sum(row.planted for row in table if not row.whole)
     if planted:
         summary.append(
             f"Of {planted:,} faults planted into a copy of these data, the audit found "

@@ -46,7 +46,12 @@ class Model(NamedTuple):
     tail: np.ndarray
 
 
-def fit(images: np.ndarray, canaries: np.ndarray, among: np.ndarray | None = None) -> Model:
+def fit(
+    images: np.ndarray,
+    canaries: np.ndarray,
+    among: np.ndarray | None = None,
+    known: np.ndarray | None = None,
+) -> Model:
     """Returns how to read scores, of which an unknown share is like those of the canaries.
 
     Args:
@@ -55,6 +60,9 @@ def fit(images: np.ndarray, canaries: np.ndarray, among: np.ndarray | None = Non
       among: float [J, M], scores of the images that the canaries were planted among, where the
         checks ran on a copy: scores of two runs may differ in scale, so the rank of a canary is
         that in its own run. None if that is `images`.
+      known: float [N], what a person has said of images: 1 for honest, 0 for the fault, NaN for
+        nothing. Given its scores, such an image says whether there is a fault or not, whatever it
+        was chosen by; and it counts as what it is in the tail of honest images.
 
     Returns:
       Tails of at least 1 / (N + 1): no image is rarer than one among those that were seen.
@@ -70,9 +78,11 @@ def fit(images: np.ndarray, canaries: np.ndarray, among: np.ndarray | None = Non
     references = np.sort(images, axis=1)
     surroundings = references if among is None else np.sort(among, axis=1)
     ours, theirs = normal_scores(references, images), normal_scores(surroundings, canaries)
-    weights, offset, share = _maximum_likelihood(ours, theirs)
+    known = np.full(images.shape[1], np.nan) if known is None else np.asarray(known, np.float64)
+    weights, offset, share = _maximum_likelihood(ours, theirs, known)
     values = weights @ ours
     honest = 1 - expit(logit(share) + offset + values)
+    honest = np.where(np.isnan(known), honest, known)
     thresholds, place = np.unique(values, return_inverse=True)
     counts = np.bincount(place, honest, len(thresholds))
     tail = np.cumsum(counts[::-1])[::-1] / counts.sum()
@@ -80,8 +90,10 @@ def fit(images: np.ndarray, canaries: np.ndarray, among: np.ndarray | None = Non
     return Model(references, weights, offset, share, thresholds, tail)
 
 
-def _maximum_likelihood(ours, theirs):
-    """Returns (weights [J], offset, share) of normal scores [J, N] and [J, C]."""
+def _maximum_likelihood(ours, theirs, known):
+    """Returns (weights [J], offset, share) of normal scores [J, N] and [J, C], known [N]."""
+    decided = ~np.isnan(known)
+    judged, signs = ours[:, decided], np.where(known[decided] == 1, 1, -1)
     log_ratio_of_counts = np.log(theirs.shape[1] / ours.shape[1])
 
     def loss(parameters):
@@ -101,6 +113,10 @@ def _maximum_likelihood(ours, theirs):
             slope[:-2] += z @ (outer * honest)
             slope[-2] += outer @ honest
             slope[-1] += outer @ of_share
+        posterior = logit_share + offset + weights @ judged
+        value += np.logaddexp(0, signs * posterior).sum()
+        outer = signs * expit(signs * posterior)
+        slope += np.concatenate([judged @ outer, [outer.sum()] * 2])
         return value, slope
 
     count = len(ours)

@@ -42,8 +42,8 @@ def audit_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--network",
         metavar="MODULE:FUNCTION",
-        help="a function without arguments that returns (model, variables): your own trained "
-        "network for 32x32 images, in place of one that is trained here",
+        help="a function without arguments that returns (model, variables), or an NNX model: your "
+        "own trained network for 32x32 images, in place of one that is trained here",
     )
     parser.add_argument("--quick", action="store_true", help="train nothing: fewer checks, faster")
     parser.add_argument(
@@ -203,12 +203,23 @@ def _loaded(place):
             f"{sorted(models.PRETRAINED)}"
         )
     sys.path.insert(0, "")  # as `python -m` has it: modules of the working directory
-    result = getattr(importlib.import_module(module), function)()
-    if not isinstance(result, tuple) or len(result) != 2:
+    try:
+        load = getattr(importlib.import_module(module), function, None)
+    except ImportError as error:
         raise ValueError(
-            f"--network {place}: expected a pair (model, variables), got {type(result).__name__}"
-        )
-    network.as_network(result[0], image_shape=(32, 32, 3))
+            f"--network {place}: {error}; run the command where {module}.py is, or install it"
+        ) from error
+    if not callable(load):
+        raise ValueError(f"--network {place}: {module} has no function {function!r}")
+    result = load()
+    if not isinstance(result, tuple):
+        result = (result, None)
+    if len(result) != 2:
+        raise ValueError(f"--network {place}: it returns {len(result)} values, not two")
+    try:
+        network.as_network(result[0])
+    except TypeError as error:
+        raise ValueError(f"--network {place}: {error}") from error
     return result
 
 
@@ -216,12 +227,7 @@ def _verdict(report: Report, out: Path, seconds: float) -> str:
     lines = ["", f"{report.verdict.upper()}  ({seconds:.0f} s)", *report.summary, ""]
     if report.power:
         lines.append("Planted into a copy of your data, and found:")
-        planted = [
-            [row.title, f"{row.found:,}", f"of {row.planted:,}",
-             f"{row.false_alarms_per_thousand:.1f} of 1,000 others"]
-            for row in report.power
-        ]  # fmt: skip
-        lines += [runs.columns(planted, right=(1, 3)), ""]
+        lines += [runs.columns([_outcome(row) for row in report.power], right=(1, 3)), ""]
     found = [
         [one.kind, ascii(one.id)[1:-1], *(one.reasons[:1] or [""])] for one in report.findings[:10]
     ]
@@ -230,6 +236,14 @@ def _verdict(report: Report, out: Path, seconds: float) -> str:
     if len(report.findings) > 10:
         lines.append(f"  ... {len(report.findings) - 10:,} more")
     return "\n".join([*lines, "", f"Report: {out / 'report.html'}"])
+
+
+def _outcome(row):
+    """Returns what was found of a planted threat, in cells."""
+    if row.whole:
+        return [row.title, "", f"the set is {'' if row.found else 'not '}flagged", ""]
+    alarms = f"{row.false_alarms_per_thousand:.1f} of 1,000 others"
+    return [row.title, f"{row.found:,}", f"of {row.planted:,}", alarms]
 
 
 def clean_main(arguments: Sequence[str]) -> int:

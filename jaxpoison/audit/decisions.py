@@ -67,6 +67,17 @@ def of(report: Report) -> Decisions:
     return Decisions(fingerprint=report.data.fingerprint, decisions=made)
 
 
+def check_same(decisions: Decisions, fingerprint: str) -> None:
+    """Raises ValueError if the decisions are about data of another fingerprint."""
+    if decisions.fingerprint != fingerprint:
+        raise ValueError(
+            f"the decisions are about data of fingerprint {decisions.fingerprint[:16]!r}..., the "
+            f"report about {fingerprint[:16]!r}...: the data changed in between. "
+            "Audit the data as it was, or, if the images that were decided on are unchanged, put "
+            "the report's fingerprint into the file of decisions"
+        )
+
+
 def merge(report: Report, decisions: Decisions) -> Report:
     """Returns the report with the decisions on its findings.
 
@@ -76,13 +87,7 @@ def merge(report: Report, decisions: Decisions) -> Report:
     Raises:
       ValueError: if the decisions are about other data.
     """
-    if decisions.fingerprint != report.data.fingerprint:
-        raise ValueError(
-            f"the decisions are about data of fingerprint {decisions.fingerprint[:16]!r}..., the "
-            f"report about {report.data.fingerprint[:16]!r}...: the data changed in between. "
-            "Audit the data as it was, or, if the images that were decided on are unchanged, put "
-            "the report's fingerprint into the file of decisions"
-        )
+    check_same(decisions, report.data.fingerprint)
     found = tuple(
         dataclasses.replace(finding, decision=decisions.decisions.get(finding.id, finding.decision))
         for finding in report.findings

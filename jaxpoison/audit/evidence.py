@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+SIZE = 32
+"""Height and width of the small images that are kept."""
+
 
 class Training(NamedTuple):
     """A network trained on the data under audit: the witness that this data can have poisoned.

@@ -15,12 +15,10 @@ import numpy as np
 from PIL import Image
 
 from jaxpoison.audit import witness
-from jaxpoison.audit.evidence import Evidence
+from jaxpoison.audit.evidence import SIZE, Evidence
 from jaxpoison.core.files import write_text
 from jaxpoison.data.readers.source import Problem, Source
 
-SIZE = 32
-"""Height and width of the small images that are kept."""
 LARGE = witness.SIZE
 """Height and width at which larger images are shown to the foreign witness."""
 BATCH = 256

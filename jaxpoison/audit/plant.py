@@ -1,6 +1,7 @@
 """Canaries: known faults planted into a copy of the data, to see which of them the checks find.
 
-Each threat changes about 1% of the images, other images for each threat. The copy exists only in
+Each threat changes about 1% of the images, other images for each threat. Shortcuts are faults of
+the whole set, so each has a copy of its own, of a sample of the images. The copies exist only in
 memory and in the cache; the data are never touched.
 """
 
@@ -14,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpoison.audit.checks.foreign import refusal
-from jaxpoison.audit.evidence import Evidence
+from jaxpoison.audit.evidence import SIZE, Evidence
 from jaxpoison.audit.foreign import predictions
-from jaxpoison.audit.measure import SIZE, Embedding, perceptual_hashes, shrink
+from jaxpoison.audit.measure import Embedding, perceptual_hashes, shrink
 
 SHARE = 0.01
 """Of all images, for each threat."""
@@ -29,11 +30,13 @@ ANYHOW = 1 / 3
 """Part of the wrong labels that is any other class, on any image.
 
 The others are mistakes as people make them: a class that the image may be taken for, on images that
-may be taken for it. Labels at random alone are easier to see than what people get wrong, and mistakes
-alone are too much like honest images that are ambiguous. With a third, the estimated share of wrong
-labels came closest on 5,000 images of CIFAR-10 with labels of people (CIFAR-10N: `aggregate` 9.1%
-wrong, `random1` 17.9%), and hardly any was flagged on clean ones.
+may be taken for it. Labels at random alone are easier to see than what people get wrong, and those
+mistakes alone are too much like honest images that are ambiguous. With a third, the share of wrong
+labels was estimated best on 5,000 images of CIFAR-10 with labels of people (CIFAR-10N): 7 to 10%
+for 9.1%, 15 to 21% for 17.9%, less than 0.1% for clean ones.
 """
+LABELS = 2
+"""Wrong labels for each canary of another threat: they are of two kinds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Threat:
     name: str
     title: str
     kind: str
-    """What a finding of it is called: copy, label or poison."""
+    """What a finding of it is called: label, poison or shortcut."""
 
 
 THREATS = (
@@ -53,6 +56,33 @@ THREATS = (
     Threat("blend", "backdoor: a faint blended pattern, relabeled", "poison"),
     Threat("collision", "feature collision: clean label, 16/255", "poison"),
 )
+SHORTCUTS = {
+    Threat("classwise_half", "class-wise noise of 8/255 on half of the images", "shortcut"): 0.5,
+    Threat("classwise", "class-wise noise of 8/255 on all images", "shortcut"): 1.0,
+}
+"""Faults of the whole set, and the share of the images that they change."""
+MOST_WITH_SHORTCUT = 3000
+"""Images of a copy with a shortcut."""
+
+
+class Changes(NamedTuple):
+    """Canaries: what replaces C rows.
+
+    Attributes:
+      rows: int [C].
+      threats: text [C], what was done to each.
+      labels, images, digests, hashes, sizes, embedding: of the changed rows, as `Evidence` has
+        them.
+    """
+
+    rows: np.ndarray
+    threats: np.ndarray
+    labels: np.ndarray
+    images: np.ndarray
+    digests: np.ndarray
+    hashes: np.ndarray
+    sizes: np.ndarray
+    embedding: np.ndarray
 
 
 class Planted(NamedTuple):
@@ -69,14 +99,14 @@ class Planted(NamedTuple):
     threats: np.ndarray
 
 
-def plant(
+def canaries(
     evidence: Evidence,
     read: Callable[[np.ndarray], np.ndarray],
     embedding: Embedding,
     *,
     seed: int = 0,
-) -> Planted:
-    """Returns a copy of the evidence in which some rows have known faults.
+) -> Changes:
+    """Returns known faults in some rows of the evidence.
 
     Args:
       evidence: of the data as they are.
@@ -85,40 +115,76 @@ def plant(
       seed: of what is planted where.
 
     Returns:
-      The copy; without canaries if there are fewer than 20 images, or one class.
+      None, C = 0, if there are fewer than 20 images, or one class.
     """
     random = np.random.default_rng([seed, 15])
     mistakes = None if refusal(evidence) else _mistakes(evidence)
     count = min(int(np.ceil(SHARE * len(evidence.labels))), MOST)
     count = min(max(count, 40), len(evidence.labels) // (4 * len(THREATS)))
     if evidence.num_classes < 2 or count < 1 or len(np.unique(evidence.labels)) < 2:
-        return Planted(evidence, np.empty(0, int), np.empty(0, "U9"))
-    labels = np.array(evidence.labels)
-    rows, threats = _places(random, labels, count, mistakes)
-    target = _target(labels)
-    images = np.array(read(rows))
+        nothing = {name: getattr(evidence, name)[:0] for name in Changes._fields[2:]}
+        return Changes(np.empty(0, int), np.empty(0, "U9"), **nothing)
+    rows, threats = _places(random, evidence.labels, count, mistakes)
+    target = _target(evidence.labels)
+    images, labels = np.array(read(rows)), evidence.labels[rows]
     for name, fault in _FAULTS.items():
         mine = np.flatnonzero(threats == name)
         case = _Case(random, evidence.labels, rows[mine], target, read, embedding, mistakes)
-        images[mine], labels[rows[mine]] = fault(case, images[mine])
+        images[mine], labels[mine] = fault(case, images[mine])
+    made = Changes(
+        rows, threats, labels, sizes=evidence.sizes[rows], **_seen(images, embedding)
+    )  # fmt: skip
+    copies = np.flatnonzero(threats == "copy")
+    sources = _of_other_classes(random, evidence.labels, labels[copies])
+    for name in ("images", "digests", "hashes", "sizes", "embedding"):
+        getattr(made, name)[copies] = getattr(evidence, name)[sources]
+    return made
+
+
+def _seen(images, embedding):
+    """Returns what a pass would find of images [B, P, P, 3], as fields of `Evidence`."""
     small = shrink(images, SIZE)
-    values = {
-        "images": small,
-        "embedding": embedding.embed(images),
+    return {
+        "images": np.array(small),
+        "embedding": np.array(embedding.embed(images)),
         "hashes": perceptual_hashes(small),
         "digests": _digests(small),
-        "sizes": evidence.sizes[rows],
     }
-    copies = np.flatnonzero(threats == "copy")
-    sources = _of_other_classes(random, evidence.labels, evidence.labels[rows[copies]])
+
+
+def plant(evidence: Evidence, changes: Changes) -> Planted:
+    """Returns a copy of the evidence with canaries, without a trained witness."""
     fields = {}
-    for name, value in values.items():
-        field = getattr(evidence, name)
-        fields[name] = np.array(field)
-        fields[name][rows] = value
-        fields[name][rows[copies]] = field[sources]
-    changed = dataclasses.replace(evidence, labels=labels, trained=None, **fields)
-    return Planted(changed, rows, threats)
+    for name in Changes._fields[2:]:
+        fields[name] = np.array(getattr(evidence, name))
+        fields[name][changes.rows] = getattr(changes, name)
+    copy = dataclasses.replace(evidence, trained=None, **fields)
+    return Planted(copy, changes.rows, changes.threats)
+
+
+def with_shortcut(
+    evidence: Evidence,
+    read: Callable[[np.ndarray], np.ndarray],
+    embedding: Embedding,
+    share: float,
+    *,
+    seed: int = 0,
+) -> Evidence:
+    """Returns a copy of at most `MOST_WITH_SHORTCUT` rows with class-wise noise, untrained.
+
+    Args:
+      evidence, read, embedding: see `canaries`.
+      share: part of the images that get the noise of their class.
+      seed: of the sample and the noise.
+    """
+    random = np.random.default_rng([seed, 17])
+    rows = np.sort(random.permutation(len(evidence.labels))[:MOST_WITH_SHORTCUT])
+    labels = evidence.labels[rows]
+    images = classwise(read(rows), labels, share=share, seed=seed)
+    return dataclasses.replace(
+        evidence, ids=evidence.ids[rows], labels=labels, sizes=evidence.sizes[rows], trained=None,
+        **_seen(images, embedding),
+    )  # fmt: skip
 
 
 class _Case(NamedTuple):
@@ -142,18 +208,18 @@ def _places(random, labels, count, mistakes):
     free = random.permutation(len(labels))
     taken, rows, threats = np.zeros(len(labels), bool), [], []
     for threat in sorted(THREATS, key=lambda t: t.name != "collision"):
-        fits, most = np.ones(len(free), bool), count
+        fits = np.ones(len(free), bool)
+        most = total = LABELS * count if threat.name == "flip" else count
         if threat.name == "collision":
             fits = labels[free] == target
         elif threat.name in ("patch", "blend"):
             fits = labels[free] != target
         elif threat.name == "flip" and mistakes is not None:
-            most = round(count * ANYHOW)
+            most = round(total * ANYHOW)
         chosen = free[fits & ~taken[free]][:most]
-        if most < count:
-            chosen = np.concatenate(
-                [chosen, _likely(random, mistakes, taken, chosen, count - most)]
-            )
+        if most < total:
+            more = _likely(random, mistakes, taken, chosen, total - most)
+            chosen = np.concatenate([chosen, more])
         taken[chosen] = True
         rows.append(chosen)
         threats += [threat.name] * len(chosen)
@@ -233,6 +299,8 @@ def _collision(case, images):
 def collide(embedding: Embedding, images: np.ndarray, goals: np.ndarray) -> np.ndarray:
     """Returns uint8 images within COLLISION_EPSILON whose embedding is close to the goals.
 
+    Gray images stay gray.
+
     Args:
       embedding: to collide in.
       images: uint8 [B, P, P, 3].
@@ -261,6 +329,8 @@ def _descent(apply):
     @jax.jit
     def step(moved, clean, goals):
         gradient = jax.grad(loss)(moved, goals)
+        gray = jnp.all(clean == clean[..., :1], axis=(1, 2, 3), keepdims=True)
+        gradient = jnp.where(gray, gradient.mean(axis=-1, keepdims=True), gradient)
         moved = moved - COLLISION_EPSILON / 8 * jnp.sign(gradient)
         bounded = jnp.clip(moved, clean - COLLISION_EPSILON, clean + COLLISION_EPSILON)
         return jnp.clip(bounded, 0, 1)
@@ -293,13 +363,15 @@ def classwise(
     """Returns images with noise of 8/255 that is the same for all images of a class.
 
     Args:
-      images: uint8 [N, S, S, 3].
+      images: uint8 [N, S, S, 3], S a multiple of 32; the noise is of 32x32 squares.
       labels: int [N].
       share: part of the images that get it, in [0, 1].
       seed: of the noise and of the part.
     """
     random = np.random.default_rng([seed, 16])
-    noise = random.choice([-8, 8], (labels.max() + 1, *images.shape[1:]))
+    noise = random.choice([-8, 8], (labels.max() + 1, SIZE, SIZE, 3))
+    times = images.shape[1] // SIZE
+    noise = noise.repeat(times, axis=1).repeat(times, axis=2)
     poisoned = random.random(len(labels)) < share
     moved = np.clip(images.astype(np.int16) + noise[labels], 0, 255).astype(np.uint8)
     return np.where(poisoned[:, None, None, None], moved, images)

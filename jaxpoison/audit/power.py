@@ -1,21 +1,24 @@
 """Thresholds and power from canaries: which planted faults do these checks find on these data?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxpoison.audit import calibrate
+from jaxpoison.audit.checks import common
 from jaxpoison.audit.evidence import Evidence
-from jaxpoison.audit.plant import THREATS, Planted, Threat
+from jaxpoison.audit.plant import SHORTCUTS, THREATS, Planted, Threat
 from jaxpoison.audit.verdict import Check, NotRun, Scores
 
 RATE = 0.2
 """False discovery rate of the findings of one threat."""
-LEAST_POWER = 0.65
+LEAST_POWER = 0.8
 """Probability that a canary scores above another image, below which a check has no say.
 
-Not the recall at few false alarms: faults that are in the data already take the first places.
+Not the recall at few false alarms: faults that are in the data already take the first places. With
+less, what makes canaries stand out may be what makes a third of the honest images do so as well,
+and no likelihood tells one from the other.
 """
 
 Found = Mapping[str, Scores | NotRun]
@@ -51,13 +54,31 @@ class Family(NamedTuple):
     share: float
 
 
+class Shortcut(NamedTuple):
+    """What the checks of whole sets say of a copy with a shortcut.
+
+    Attributes:
+      threat: what was planted.
+      flagged: {check: whether it flags the copy}, of every check that ran.
+    """
+
+    threat: Threat
+    flagged: dict[str, bool]
+
+
 def run(checks: Sequence[Check], evidence: Evidence) -> dict[str, Scores | NotRun]:
     """Returns what each check finds, by name."""
     return {check.name: check.score(evidence) for check in checks}
 
 
 def families(
-    checks: Sequence[Check], found: Found, in_copy: Found, planted: Planted
+    checks: Sequence[Check],
+    found: Found,
+    in_copy: Found,
+    planted: Planted,
+    *,
+    labels: np.ndarray | None = None,
+    known: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[Family, ...]:
     """Returns the verdict on each threat that has canaries.
 
@@ -66,16 +87,43 @@ def families(
       found: what they find in the data.
       in_copy: what they find in the copy.
       planted: the copy.
+      labels: int [N], of the data. With them, scores for poisons are compared with what is usual
+        in the class: canaries of poisons have one label, and whatever sets this class apart would
+        pass for their mark.
+      known: {kind of threat: float [N]}, what a person has said of images, see `calibrate.fit`.
     """
+    known = {} if known is None else known
     names = np.unique(planted.threats)
     return tuple(
-        _family(threat, checks, found, in_copy, planted)
+        _family(threat, checks, found, in_copy, planted, labels, known.get(threat.kind))
         for threat in THREATS
         if threat.name in names
     )
 
 
-def _family(threat, checks, found, in_copy, planted):
+def shortcuts(
+    checks: Sequence[Check], copy_with: Callable[[float], Evidence]
+) -> tuple[Shortcut, ...]:
+    """Returns what checks of whole sets say of copies with shortcuts.
+
+    Args:
+      checks: all checks.
+      copy_with: share of the images -> a copy with class-wise noise on it.
+    """
+    of_sets = [check for check in checks if "classwise" in check.threats]
+    results = []
+    for threat, share in SHORTCUTS.items():
+        found = run(of_sets, copy_with(share))
+        wholes = {
+            name: scores.whole.flagged
+            for name, scores in found.items()
+            if isinstance(scores, Scores) and scores.whole is not None
+        }
+        results.append(Shortcut(threat, wholes))
+    return tuple(results)
+
+
+def _family(threat, checks, found, in_copy, planted, labels, known):
     of_threat = [
         check.name
         for check in checks
@@ -84,6 +132,8 @@ def _family(threat, checks, found, in_copy, planted):
     ]
     data = _matrix(of_threat, found)
     copy = _matrix(of_threat, in_copy)
+    if threat.kind == "poison" and labels is not None:
+        data, copy = _in_class(data, labels), _in_class(copy, planted.evidence.labels)
     canaries = planted.rows[planted.threats == threat.name]
     others = np.setdiff1d(np.arange(copy.shape[1]), planted.rows)
     recalls = {
@@ -95,8 +145,10 @@ def _family(threat, checks, found, in_copy, planted):
     say = _with_a_say(copy[:, canaries], copy[:, others])
     if len(canaries) >= calibrate.LEAST and say:
         planted_among = copy[:, canaries], copy[:, others]
-        model = calibrate.fit(data[say], *(x[say] for x in planted_among))
+        model = calibrate.fit(data[say], *(x[say] for x in planted_among), known)
         p, share = calibrate.p_values(model, data[say]), model.share
+        if known is not None:
+            p = np.where(known == 0, 1 / (len(p) + 1), p)
         q = calibrate.benjamini_hochberg(p)
         each = {of_threat[j]: _own(data[j], *(x[j] for x in planted_among)) for j in say}
     num_found, others_flagged = _power(copy, canaries, others)
@@ -126,6 +178,17 @@ def _matrix(names, found):
     return np.array([found[name].score for name in names], float).reshape(len(names), rows)
 
 
+def _in_class(scores, labels):
+    """Returns scores [J, N], unbounded, less the median of the class; NaN stays NaN."""
+    values = common.unbounded(scores)
+    for label in np.unique(labels):
+        mine = labels == label
+        for row in values:
+            known = row[mine & ~np.isnan(row)]
+            row[mine] -= np.median(known) if len(known) else 0.0
+    return values
+
+
 def _by_rule(threat, checks, found):
     """Returns what the checks flag that decide by rule and know this threat; None if none does."""
     flags = [
@@ -152,7 +215,12 @@ def _own(scores, canaries, among):
 
 
 def _power(copy, canaries, others):
-    """Returns (canaries found, others flagged of a thousand); halves judge each other."""
+    """Returns (canaries found, others flagged of a thousand).
+
+    Nothing is judged by a threshold that it helped to set: each half of the canaries by models of
+    the other half, and each half of the other images by the model of their other half (a half-split
+    null).
+    """
     found, flagged = 0, []
     for half in range(2):
         fitted, judged = canaries[half::2], canaries[1 - half :: 2]
@@ -160,9 +228,12 @@ def _power(copy, canaries, others):
         if len(fitted) < calibrate.LEAST or not say:
             flagged.append(0.0)
             continue
-        model = calibrate.fit(copy[say][:, others], copy[say][:, fitted])
-        rows = np.concatenate([judged, others])
-        q = calibrate.benjamini_hochberg(calibrate.p_values(model, copy[say][:, rows]))
+        p = np.empty(copy.shape[1])
+        for part in range(2):
+            model = calibrate.fit(copy[say][:, others[part::2]], copy[say][:, fitted])
+            rows = np.concatenate([judged[1 - part :: 2], others[1 - part :: 2]])
+            p[rows] = calibrate.p_values(model, copy[say][:, rows])
+        q = calibrate.benjamini_hochberg(p[np.concatenate([judged, others])])
         found += int(np.count_nonzero(q[: len(judged)] <= RATE))
         flagged.append(1000 * float(np.mean(q[len(judged) :] <= RATE)))
     return found, float(np.mean(flagged))

@@ -144,6 +144,7 @@ class Power:
       false_alarms_per_thousand: flagged images out of a thousand that are not planted.
       checks: {name of a check: share of the planted that it alone found}.
       note: a sentence: what the figure does not say; may be empty.
+      whole: whether it is a fault of the whole set: then copies are counted, not images.
     """
 
     threat: str
@@ -153,6 +154,7 @@ class Power:
     false_alarms_per_thousand: float
     checks: dict[str, float]
     note: str = ""
+    whole: bool = False
 
     def __post_init__(self) -> None:
         settings.settle(self)

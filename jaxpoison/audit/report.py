@@ -91,6 +91,8 @@ def html(report: Report, *, folder: str = ".", most: int = 300) -> str:
         report=report,
         folder=folder,
         clean_folder=folder.removesuffix("-audit") + "-clean",
+        # By a command that reads data from a path: not the demo, and not arrays.
+        repeatable=report.replay.startswith("jaxpoison audit "),
         style=style,
         script=script,
         policy=_policy(style, script),
@@ -215,6 +217,8 @@ def _power_words(power: Power) -> tuple[str, str, float, float]:
     """Returns (a word for styles, what the figure means, ends of the recall's interval)."""
     if not power.planted:
         return "untested", "Not planted here, so nothing is known.", 0.0, 1.0
+    if power.whole and power.found == power.planted:
+        return "strong", "A set like this is flagged as a whole.", 0.0, 1.0
     low, high = wilson(power.found, power.planted)
     rate = power.found / power.planted
     if _is_blind(power):

@@ -18,31 +18,31 @@ import numpy as np
 import optax
 
 from jaxpoison import models, solvers
-from jaxpoison.audit.evidence import Training
+from jaxpoison.audit.evidence import SIZE, Training
 from jaxpoison.core import devices, loops
 from jaxpoison.core.checks import check_count
 from jaxpoison.data import Dataset, check, to_float
 from jaxpoison.filters.extraction import apply_and_extract
 from jaxpoison.network import Network, as_network, logits, over_set, shared
 from jaxpoison.network import features as features_of
-from jaxpoison.training import Checkpoints, Recipe, init_state
+from jaxpoison.training import FAST, Checkpoints, Recipe, init_state
 from jaxpoison.training import recipe as recipes
 from jaxpoison.training._fit import epoch_order, train_step
 
 WIDTHS = (32, 64, 128)
-RECIPE = Recipe(
+RECIPE = dataclasses.replace(
+    FAST,
     epochs=12,
     batch_size=128,
     learning_rate=0.15,
+    momentum=0.9,
     weight_decay=2e-3,
-    milestones=(),
-    max_shift=2.0,
-    whole_pixels=True,
     schedule="one_cycle",
-    decay_vectors=False,
-    label_smoothing=0.1,
+    optimizer="sgd",
+    other_rate=None,
 )
-"""`training.FAST` for a narrower network; epochs and batch size are those of large sets."""
+"""`training.FAST` by gradient descent, for a narrower network; epochs and batch size are those of
+large sets."""
 FEWEST_STEPS = 600
 MOST_EPOCHS = 100
 
@@ -134,6 +134,41 @@ def train(
             checkpoints.close()
     training = _training(network, state.variables, dataset.images, watched)
     return Trained(training, state.variables)
+
+
+def checked(model: Any, variables: Any, num_classes: int) -> tuple[Network, Any]:
+    """Returns a network that was trained elsewhere, with its variables, as `of_network` needs them.
+
+    Nothing is computed: shapes alone are compared.
+
+    Args:
+      model: a `Network`, or what `network.as_network` takes, for images of 32x32.
+      variables: its variables; None for those that it holds itself (NNX).
+      num_classes: K of the data.
+
+    Raises:
+      TypeError: if `model` is no network.
+      ValueError: for variables that are missing or do not fit, or another number of classes.
+    """
+    network = as_network(model, image_shape=(SIZE, SIZE, 3))
+    variables = network.variables if variables is None else variables
+    if variables is None:
+        raise ValueError("the network has no variables: pass a pair (model, variables)")
+    images = jax.ShapeDtypeStruct((2, SIZE, SIZE, 3), jnp.float32)
+    try:
+        said = jax.eval_shape(network.logits, variables, images)
+    except Exception as error:  # Flax and models raise many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise ValueError(
+            f"the variables do not fit the network ({reason}); expected what its training left, "
+            "such as {'params': ..., 'batch_stats': ...}"
+        ) from error
+    if said.shape[1] != num_classes:
+        raise ValueError(
+            f"the network tells {said.shape[1]} classes apart, the data have {num_classes}; "
+            "expected one logit for each class, in the order of the classes' names"
+        )
+    return network, variables
 
 
 def of_network(model: Any, variables: Any, images: np.ndarray, labels: np.ndarray) -> Training:

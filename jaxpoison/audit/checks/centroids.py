@@ -60,10 +60,8 @@ def _unit(rows):
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def scores(evidence: Evidence, layers: int | None, what: str) -> Scores | NotRun:
+def scores(evidence: Evidence, layers: int | None, what: str) -> Scores:
     """Returns how much nearer each image is to another class's center than to its own."""
-    if reason := common.untrained(evidence):
-        return reason
     apart, by_trusted = distances(evidence, layers)
     margin, suggested = common.margins(-apart, evidence.labels)
     whose = "of trusted images" if by_trusted else "of the bulk of a class"
@@ -77,6 +75,8 @@ def scores(evidence: Evidence, layers: int | None, what: str) -> Scores | NotRun
 
 
 def _score(evidence: Evidence) -> Scores | NotRun:
+    if reason := common.untrained(evidence):
+        return reason
     return scores(evidence, _LAST, "the last layers")
 
 

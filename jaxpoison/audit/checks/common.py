@@ -18,6 +18,12 @@ def bounded(values: np.ndarray) -> np.ndarray:
     return (0.5 + 0.5 * values / (1 + np.abs(values))).astype(np.float32)
 
 
+def unbounded(scores: np.ndarray) -> np.ndarray:
+    """Returns float64 values whose `bounded` ones are the scores, in [-1e6, 1e6]."""
+    around = 2 * np.asarray(scores, np.float64) - 1
+    return around / np.maximum(1 - np.abs(around), 1e-6)
+
+
 def scaled(values: np.ndarray) -> np.ndarray:
     """Returns values over their median magnitude, so that a factor on all of them is no matter."""
     values = np.asarray(values, np.float64)
@@ -71,6 +77,15 @@ def untrained(evidence: Evidence) -> NotRun | None:
     if evidence.trained is None:
         return NotRun("No network was trained on this data (run without --quick).")
     return one_class(evidence)
+
+
+def without_layers(evidence: Evidence) -> NotRun | None:
+    """Returns why there are no statistics of the trained network's layers, or None."""
+    if reason := untrained(evidence):
+        return reason
+    if evidence.trained is not None and not evidence.trained.vectors.shape[1]:
+        return NotRun("The trained network has no BatchNorm layers, whose statistics are compared.")
+    return None
 
 
 def named(evidence: Evidence, label: int | np.integer) -> str:

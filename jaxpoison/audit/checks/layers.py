@@ -13,7 +13,7 @@ def _score(evidence: Evidence) -> Scores | NotRun:
 
     Every layer has the same weight, however many channels it has.
     """
-    if reason := common.untrained(evidence):
+    if reason := common.without_layers(evidence):
         return reason
     trained = evidence.trained
     assert trained is not None

@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxpoison.core.extras import require
 from jaxpoison.data.readers import columns
 from jaxpoison.data.readers.contents import Content, Unreadable
-from jaxpoison.data.readers.source import Problem
+from jaxpoison.data.readers.source import Images, Problem, Source
 
 
 class Columns(NamedTuple):
@@ -112,3 +114,53 @@ def problems_of(labels: columns.Labels) -> list[Problem]:
 def ids_of(rows: Sequence[int]) -> tuple[str, ...]:
     """Returns `row 3` for each row that is kept."""
     return tuple(f"row {row}" for row in rows)
+
+
+def source_of(
+    found: Columns,
+    cells: Callable[[str], Sequence[Any]],
+    images: Callable[[np.ndarray, Path, bool], Images],
+    *,
+    name: str,
+    kinds: tuple[str, str],
+    root: Path,
+    follow_links: bool,
+    max_pixels: int,
+) -> Source:
+    """Returns the images of a table, which are inside of it or at its paths.
+
+    Args:
+        found: the columns.
+        cells: name of a column -> its values; not called for images inside.
+        images: (rows with a class, root, follow_links) -> the images inside.
+        name: what to call the table in a message.
+        kinds: what to call the source: with images inside, and with paths.
+        root, follow_links: see `columns.safe_path`.
+        max_pixels: see `decode.decode`.
+
+    Raises:
+        ValueError: if no row has a class.
+    """
+    inside, of_paths = kinds
+    if not found.has_bytes:
+        return columns.source_of_paths(
+            cells(found.image),
+            cells(found.label),
+            names=found.class_names,
+            reasons={},
+            name=name,
+            kind=of_paths,
+            root=root,
+            follow_links=follow_links,
+            max_pixels=max_pixels,
+        )
+    labels = columns.classes(cells(found.label), found.class_names, f"{name}: {found.label}")
+    return Source(
+        images(labels.rows, root, follow_links),
+        ids=ids_of(labels.rows.tolist()),
+        labels=labels.labels,
+        class_names=labels.class_names,
+        kind=inside,
+        problems=problems_of(labels),
+        max_pixels=max_pixels,
+    )

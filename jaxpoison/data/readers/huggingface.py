@@ -1,6 +1,7 @@
 """Folders that `save_to_disk` of Hugging Face's datasets has written: Arrow files, mapped."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,27 +90,14 @@ def open_saved(
         table.validate(full=True)
     except (pa.ArrowException, KeyError) as error:
         raise _damaged(folder, error) from error
-    values = table.column(found.label).to_pylist()
-    options = {"root": folder, "follow_links": follow_links}
-    if not found.has_bytes:
-        return columns.source_of_paths(
-            table.column(found.image).to_pylist(),
-            values,
-            names=found.class_names,
-            reasons={},
-            name=str(folder),
-            kind="a Hugging Face data set of paths",
-            max_pixels=max_pixels,
-            **options,
-        )
-    labels = columns.classes(values, found.class_names, f"{folder}: {found.label}")
-    return Source(
-        ArrowImages(files, table.column(found.image), labels.rows, **options),
-        ids=arrow.ids_of(labels.rows.tolist()),
-        labels=labels.labels,
-        class_names=labels.class_names,
-        kind="a Hugging Face data set on disk",
-        problems=arrow.problems_of(labels),
+    return arrow.source_of(
+        found,
+        lambda name: table.column(name).to_pylist(),
+        functools.partial(ArrowImages, files, table.column(found.image)),
+        name=str(folder),
+        kinds=("a Hugging Face data set on disk", "a Hugging Face data set of paths"),
+        root=folder,
+        follow_links=follow_links,
         max_pixels=max_pixels,
     )
 

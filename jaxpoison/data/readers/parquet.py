@@ -1,6 +1,7 @@
 """Parquet: tables of paths, or with the images inside, in one file or several."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,26 +145,14 @@ def open_parquet(
         groups.append(sizes)
         for name in wanted:
             cells[name] += table.column(name).to_pylist()
-    options = {"root": root, "follow_links": follow_links}
-    if not found.has_bytes:
-        return columns.source_of_paths(
-            cells[found.image],
-            cells[found.label],
-            names=found.class_names,
-            reasons={},
-            name=str(path),
-            kind="a Parquet table of paths",
-            max_pixels=max_pixels,
-            **options,
-        )
-    labels = columns.classes(cells[found.label], found.class_names, f"{path}: {found.label}")
-    return Source(
-        ParquetImages(files, groups, found.image, labels.rows, **options),
-        ids=arrow.ids_of(labels.rows.tolist()),
-        labels=labels.labels,
-        class_names=labels.class_names,
-        kind="Parquet with images inside",
-        problems=arrow.problems_of(labels),
+    return arrow.source_of(
+        found,
+        cells.__getitem__,
+        functools.partial(ParquetImages, files, groups, found.image),
+        name=str(path),
+        kinds=("Parquet with images inside", "a Parquet table of paths"),
+        root=root,
+        follow_links=follow_links,
         max_pixels=max_pixels,
     )
 
