@@ -179,14 +179,13 @@ def report(
 
 
 def _in_order(judgement, all_kinds):
-    """Returns rows with a finding: by severity of the kind, then by p-value."""
+    """Returns rows with a finding: one image under two labels, then by severity and p-value."""
     rows = np.flatnonzero(all_kinds != "")
     p = np.min([family.p for family in judgement.families] or [np.ones(len(all_kinds))], axis=0)
-    # One image under two labels is as good as certain.
     by_rule = flagged_by_rule(judgement, "label")
-    if by_rule is not None:
-        p = np.where(by_rule, 0, p)
     rank = np.array([_KINDS.index(kind) for kind in all_kinds[rows]], int)
+    if by_rule is not None:
+        rank = np.where(by_rule[rows], -1, rank)
     return rows[np.lexsort((p[rows], rank))]
 
 

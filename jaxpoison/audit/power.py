@@ -149,7 +149,7 @@ def _family(threat, checks, found, in_copy, planted, labels, known):
         p, share = calibrate.p_values(model, data[say]), model.share
         if known is not None:
             p = np.where(known == 0, 1 / (len(p) + 1), p)
-        q = calibrate.benjamini_hochberg(p)
+        q = calibrate.q_values(model, p)
         each = {of_threat[j]: _own(data[j], *(x[j] for x in planted_among)) for j in say}
     num_found, others_flagged = _power(copy, canaries, others)
     by_rule = _by_rule(threat, checks, in_copy)
