@@ -99,7 +99,7 @@ def audit(
     replay: str = "",
     tell: Tell = _tell_nobody,
 ) -> Audit:
-    """Finds what is broken, mislabeled, poisoned or harmful in labeled images.
+    """Finds what is broken, mislabeled or poisoned in labeled images.
 
     Nothing is changed, and nothing written but in `folder`.
 

@@ -31,12 +31,11 @@ _ASKED = 12
 _SEVERITY: Mapping[Kind, Severity] = {
     "poison": "high",
     "shortcut": "high",
-    "harm": "high",
     "label": "medium",
     "copy": "low",
     "file": "low",
 }
-_KINDS: tuple[Kind, ...] = ("poison", "shortcut", "harm", "label", "copy", "file")
+_KINDS: tuple[Kind, ...] = ("poison", "shortcut", "label", "copy", "file")
 
 
 class Judgement(NamedTuple):
@@ -374,7 +373,7 @@ def advice(
         summary.append(f"{num_unreadable:,} files could not be read.")
     if bad or counts["poison"] >= max(1, 0.005 * len(evidence.labels)):
         return "quarantine", tuple(summary)
-    if any(counts[kind] for kind in ("poison", "harm", "label", "copy", "file")):
+    if any(counts[kind] for kind in ("poison", "label", "copy", "file")):
         return "review", tuple(summary)
     if not planted or 2 * found_of < planted:
         return "inconclusive", tuple(summary)
@@ -384,7 +383,6 @@ def advice(
 _NAMES: Mapping[Kind, str] = {
     "poison": "that look poisoned",
     "shortcut": "with a shortcut",
-    "harm": "that harm accuracy",
     "label": "that look mislabeled",
     "copy": "copies",
     "file": "out of place",

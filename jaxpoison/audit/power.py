@@ -1,4 +1,10 @@
-"""Thresholds and power from canaries: which planted faults do these checks find on these data?"""
+"""Thresholds and power from canaries: which planted faults do these checks find on these data?
+
+Thresholds for the data come from canaries and from the data, see `calibrate`; figures of power from
+halves that judge each other, so that none is judged by itself. A check whose faults cannot be
+planted decides by a rule or flags nothing: a split of images into halves, without known faults,
+tells how often a score is exceeded by chance, and not which scores are those of faults.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple

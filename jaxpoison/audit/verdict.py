@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxpoison.audit.evidence import Evidence
 
-Kind = Literal["file", "copy", "label", "poison", "shortcut", "harm"]
+Kind = Literal["file", "copy", "label", "poison", "shortcut"]
 
 
 class Whole(NamedTuple):
