@@ -1,13 +1,13 @@
 import json
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from networks import Tanh, classifier
 
-from jaxpoison import attacks, models
+from jaxpoison import attacks
 from jaxpoison.data import Dataset
 
 EPSILON = 0.06
@@ -18,13 +18,7 @@ CRAFT = {
 }
 
 
-class Body(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        return nn.tanh(nn.Dense(8)(x.reshape(x.shape[0], -1)))
-
-
-MODEL = models.Classifier(Body(), num_features=8, num_classes=4, std=(0.3,))
+MODEL = classifier(Tanh(8), 4, std=(0.3,))
 VICTIM = attacks.Victim(MODEL, MODEL.init(jax.random.key(0), jnp.zeros((1, 5, 5, 1))))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from defended import begin
+from networks import one_device
 
 from jaxpoison import models, training
 from jaxpoison.core import devices, loops
@@ -53,10 +54,6 @@ def random_set(num_examples=96):
     for label in range(3):
         images[labels == label, :, 2 * label] += 0.2
     return Dataset(images.astype(np.float32), labels)
-
-
-def one_device():
-    return devices.data_mesh(jax.devices()[:1])
 
 
 def fit(defense=None, mesh=None, **more):
