@@ -166,6 +166,18 @@ def test_mixture_follows_its_key_and_leaves_the_clean_set_alone():
     np.testing.assert_array_equal(CLEAN.images, before)
 
 
+def test_each_attack_of_a_mixture_has_a_key_of_its_own():
+    keys = []
+
+    def craft(key, victim, images, labels, progress=None):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return images
+
+    names = ("one", "two", "three")
+    mix(1.0, attack_list=[attacks.Attack(name, EPSILON, craft, {}) for name in names])
+    assert len(set(keys)) == 3
+
+
 def test_mixture_of_nothing_is_the_clean_set():
     for attack_list in (SHIFTS, []):
         poisoned = mix(0.0, attack_list=attack_list)
