@@ -17,7 +17,7 @@ LINTERS := $(VENV)/.installed-$(notdir $(PYTHON))-lint
 demo demo-mnist bench: export MALLOC_MMAP_MAX_ = 0
 demo demo-mnist bench: export MALLOC_TRIM_THRESHOLD_ = 100000000000
 
-.PHONY: demo demo-mnist test lint bench clean
+.PHONY: demo demo-mnist test test-fast lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python experiments/cifar_hint.py --preset quick
@@ -26,7 +26,11 @@ demo-mnist: $(INSTALLED)
 	$(BIN)/python experiments/mnist_hint.py --preset quick
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+
+# Before a commit: the doors, and of each method the test against another source.
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m fast tests
 
 lint: $(LINTERS)
 	$(BIN)/ruff check .
