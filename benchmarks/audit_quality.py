@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from audit_threats import Case, plant
 
-from jaxpoison import audit, data, runs
+from jaxpoison import audit, runs
 from jaxpoison.audit import foreign
 from jaxpoison.audit.verdict import Scores
 from jaxpoison.data import Dataset
