@@ -17,7 +17,7 @@ LINTERS := $(VENV)/.installed-$(notdir $(PYTHON))-lint
 demo demo-mnist bench: export MALLOC_MMAP_MAX_ = 0
 demo demo-mnist bench: export MALLOC_TRIM_THRESHOLD_ = 100000000000
 
-.PHONY: demo demo-mnist test lint bench clean
+.PHONY: demo demo-mnist test lint docs bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python experiments/cifar_hint.py --preset quick
@@ -32,6 +32,11 @@ lint: $(LINTERS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Offline, and every warning is an error: links and anchors are checked, types and names as well.
+docs: $(INSTALLED)
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -b html -n -W --keep-going docs build/docs
+	@echo "Open build/docs/index.html"
 
 # The short set. benchmarks/README.md has the whole one, and how to measure PyTorch's libraries too.
 bench: $(INSTALLED)

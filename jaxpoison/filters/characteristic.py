@@ -75,9 +75,11 @@ class CharacteristicVectorFilter:
       **changes: settings by name, in place of those of `settings`: `gamma="last_3"`.
 
     Attributes:
-      classes_: [K] labels, ascending. centroids_: the `Centroids`. layer_weights_: float32 [l].
-      covariance_: `Mahalanobis` where the metric is "maha". sample_indices_: int64, what
-      `fit_resample` kept.
+      classes_: [K] labels, ascending.
+      centroids_: the `Centroids`.
+      layer_weights_: float32 [l].
+      covariance_: `Mahalanobis` where the metric is "maha".
+      sample_indices_: int64, what `fit_resample` kept.
     """
 
     def __init__(

@@ -31,6 +31,7 @@ def open_source(
 
     Args:
         path: one of
+
             - a folder with a folder for each class: PNG, JPEG, WebP, BMP, GIF (first frame) and
               TIFF, known by their extension;
             - a folder with such folders named train, val or test;
@@ -40,6 +41,7 @@ def open_source(
             - a folder of Parquet files;
             - a folder that `save_to_disk` of Hugging Face's datasets has written;
             - a folder of tensorflow-datasets in array_record format.
+
             `~` stands for the home folder.
         split: the part to read, such as "train"; needed only where there are several.
         root: for tables, the folder that paths are relative to; by default that of the table.
