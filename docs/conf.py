@@ -34,6 +34,7 @@ nitpick_ignore_regex = [
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
+add_module_names = False
 autodoc_member_order = "groupwise"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -42,6 +43,7 @@ autosummary_generate = False
 maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"

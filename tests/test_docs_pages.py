@@ -1,8 +1,8 @@
 """The Python examples of the guides and of the walk-through run as they are printed."""
 
 import doctest
-import importlib.util
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -12,14 +12,7 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?")
 MOST_POINTS = 6
 
 
-def load_execute():
-    spec = importlib.util.spec_from_file_location("execute", DOCS / "execute.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-execute = load_execute()
+EXECUTE = runpy.run_path(str(DOCS / "execute.py"))
 
 
 @pytest.mark.parametrize("guide", ["influence.md", "filters.md"])
@@ -31,12 +24,12 @@ def test_guides_print_what_they_say(guide):
 
 @pytest.mark.parametrize("page", ["hint.md", "walk-through.md"])
 def test_pages_print_what_they_say(page, tmp_path):
-    results = execute.execute(DOCS / page, tmp_path)
+    results = EXECUTE["execute"](DOCS / page, tmp_path)
     assert len(results) > 5
     for expected, printed in results:
         assert_alike(printed, expected or "")
     text = (DOCS / page).read_text(encoding="utf-8")
-    for picture in execute.PICTURE.findall(text):
+    for picture in EXECUTE["PICTURE"].findall(text):
         assert (tmp_path / picture).exists() and (DOCS / picture).exists()
 
 

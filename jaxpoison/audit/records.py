@@ -105,7 +105,7 @@ class CheckResult:
 
 @dataclasses.dataclass(frozen=True)
 class Conclusion:
-    """What a check says of the whole set (`verdict.Whole`).
+    """The conclusion of a check on the whole set (`verdict.Whole`).
 
     Attributes:
       check: name of the check.

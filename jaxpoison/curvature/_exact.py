@@ -114,7 +114,7 @@ def _linear_head_product(features, probabilities, weights, u):
 def with_l2(curvature: Curvature, strength: Any) -> Curvature:
     """Returns the curvature of the mean loss plus (strength / 2) ||theta||^2.
 
-    For parameters found by minimising such an objective; SGD with weight decay does, with the
+    For parameters found by minimizing such an objective; SGD with weight decay does, with the
     decay for strength. Decay on all parameters alike is `damping`; this is for decay on some.
 
     Args:

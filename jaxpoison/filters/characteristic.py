@@ -161,7 +161,7 @@ class CharacteristicVectorFilter:
         return self._fit(chunks, runner, trusted)._filter(chunks, runner)
 
     def fit_resample(self, X: Any, y: Any = None, trusted: Any = None) -> tuple[Any, Any]:
-        """Returns (X, y) without what was flagged; `sample_indices_` says what was kept."""
+        """Returns (X, y) without flagged examples; `sample_indices_` holds the kept rows."""
         chunks = inputs.chunks(X, y)
         if isinstance(chunks, Batches):
             raise TypeError("batches cannot be resampled: give arrays, or use filter")

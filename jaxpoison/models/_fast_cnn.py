@@ -1,4 +1,4 @@
-"""A network for 32x32 color images that trains to over 90 % in minutes, on a CPU too.
+"""A network for 32x32 color images that trains to over 90% in minutes, on a CPU too.
 
 Few wide layers: that is where convolutions come closest to the arithmetic that a processor can do.
 Whitened patches, identity-like initial kernels, max-pooling right after the first convolution of a

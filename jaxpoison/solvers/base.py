@@ -117,7 +117,7 @@ class Solver(Protocol):
 
 
 class DivergedError(RuntimeError):
-    """A solution that must not be used; the message says what to change."""
+    """A solution that must not be used; the message gives advice."""
 
 
 def identity() -> Solver:

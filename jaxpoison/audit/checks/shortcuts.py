@@ -1,4 +1,4 @@
-"""Shortcuts: can a linear classifier of fine detail tell the classes, where detail says little?"""
+"""Shortcuts: can a linear classifier tell the classes apart by fine detail, where it should not?"""
 
 import io
 import math
