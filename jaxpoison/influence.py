@@ -555,7 +555,7 @@ def linear_head_loss(head_params: Params, batch: Batch) -> jax.Array:
 
     Raises:
       ValueError: for another head, K = 1, or labels of another shape; outside `jit` also for
-        labels that are no classes, whose losses and derivatives are NaN under `jit`.
+        labels out of range, whose losses and derivatives are NaN under `jit`.
     """
     features, labels = batches.split_batch(batch)
     heads.check_head(head_params, features)

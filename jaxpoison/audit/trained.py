@@ -107,7 +107,7 @@ def train(
       num_classes: K.
       seed: of initial weights, order and augmentation.
       epochs: E; None for what suits N, see `recipe_for`.
-      folder: where to keep checkpoints, so that a killed training goes on; None for nowhere.
+      folder: where to keep checkpoints, so that an interrupted training resumes; None for nowhere.
       progress: called after each epoch as `progress(finished epochs, E)`.
 
     Raises:

@@ -131,7 +131,7 @@ def worth(
       seed: of the first training, and of what is drawn.
       num_seeds: trainings for each remedy, at least 2; None for 3, of at most 1,000 images 5.
       epochs: passes over the images; None for 5, of small sets for 150 batches of 64.
-      folder: where to keep `worth.npz`, from which a killed run goes on; None for nowhere.
+      folder: where to keep `worth.npz`, from which an interrupted run resumes; None for nowhere.
       progress: called after each training as `progress(finished, all)`.
 
     Raises:

@@ -82,7 +82,7 @@ def linear_head(params: Params, batch: Batch, weights: jax.Array) -> LinearMap:
     Args:
       params: `{"kernel": [d, K], "bias": [K]}`; "bias" may be missing.
       batch: features `[N, d]` and labels `[N]`, which H does not depend on: None will do. Labels
-        that are no classes are an error; under `jit` they make H NaN.
+        out of range are an error; under `jit` they make H NaN.
       weights: scalar or `[N]`.
 
     Raises:

@@ -133,7 +133,7 @@ class CharacteristicVectorFilter:
             class suffice.
 
         Raises:
-          TypeError: for examples without labels, or what is no network.
+          TypeError: for examples without labels, or something that is not a network.
           ValueError: for settings, examples, labels or activations that do not allow an answer.
         """
         return self._fit(inputs.chunks(X, y), self._runner(hasattr(X, "images")), trusted)

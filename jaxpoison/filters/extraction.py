@@ -100,13 +100,13 @@ def apply_and_extract(
 ) -> tuple[Any, CharVec]:
     """Returns (output of the network, characteristic vectors), in one forward pass.
 
-    Put `jit` around this function, never inside: a function that was compiled before knows
-    nothing of the interceptor. A `mask` that a layer is called with (padded sequences) is
-    honored. Models that merge the axis of examples with another one are run under `vmap`.
+    Put `jit` around this function, never inside: the interceptor does not reach a function that
+    is already compiled. A `mask` that a layer is called with (padded sequences) is honored. Models
+    that merge the axis of examples with another one are run under `vmap`.
 
     Args:
       model: any Flax Linen module, NNX module, or `network.Network` made from one; it is not
-        changed. NNX modules and networks are told by themselves to run in evaluation mode.
+        changed. NNX modules and networks are run in evaluation mode automatically.
       variables: what `model.apply` takes; for NNX and networks, what the network takes.
       x: N examples, an array [N, ...] or a pytree of them.
       predicate: `predicate(layer)` selects the layers to measure. For a network without

@@ -89,7 +89,7 @@ def fast_cnn(
 ) -> Classifier:
     """Returns the network, for 32x32 color images; pixels normalized by CIFAR-10's statistics.
 
-    Made for the recipe `training.FAST`. Other sizes of images must leave a pixel at the end: each
+    Made for the recipe `training.FAST`. Images of other sizes must leave at least one pixel: each
     stage halves the resolution, rounded down.
 
     Args:

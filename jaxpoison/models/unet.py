@@ -26,7 +26,7 @@ class UNet(nn.Module):
 
     Attributes:
       widths: channels at each size, the image's own first; each next size is half the one before,
-        so height and width must divide by 2^(len(widths) - 1).
+        so height and width must be divisible by 2^(len(widths) - 1).
     """
 
     widths: tuple[int, ...] = (64, 128, 256, 512)

@@ -52,9 +52,9 @@ def open_source(
     Raises:
         FileNotFoundError: if there is nothing.
         PermissionError: if it may not be read.
-        ValueError: for what is none of these, is damaged as a whole, has no readable image, lacks a
-            column, or where `split` is needed; the message says what was found.
-        TypeError: for a split that is no text.
+        ValueError: for a path that is none of these, is damaged as a whole, has no readable image,
+            lacks a column, or where `split` is needed; the message says what was found.
+        TypeError: for a split that is not a string.
         ImportError: for Parquet, Hugging Face or tensorflow-datasets, if the extra is missing.
     """
     check_count(max_pixels=max_pixels)
