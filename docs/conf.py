@@ -35,7 +35,7 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 add_module_names = False
-autodoc_member_order = "groupwise"
+autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True

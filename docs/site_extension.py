@@ -41,6 +41,7 @@ def expand(app, docname, source):
         return rebase(text, path.parent, here, docs)
 
     text = COMMITTED.sub(committed, source[0])
+    text = re.sub(r"\n\n```$", "\n```", text, flags=re.M)  # the empty line is doctest's
     source[0] = rebase(text, here, here, docs)
 
 
