@@ -79,3 +79,13 @@ def test_leave_one_out(index):
     case = results("leave-one-out-mnist-laptop/result.json")["cases"][index]
     row = table("influence.md", "What influence means, and when it fails")[index]
     assert row[1:] == [f"{case['pearson']:.3f}", f"{case['slope']:.2f}"]
+
+
+def test_what_hint_costs():
+    path = ROOT / "benchmarks" / "results" / "hint_overhead.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "experiments" / "cost.md").read_text(encoding="utf-8")
+    shown = re.search(r"([\d.]+) times plain training, ([\d.]+) by counting passes", text)
+    assert shown is not None
+    assert shown[1] == f"{result['overhead']:.3f}"
+    assert shown[2] == f"{result['overhead_predicted']:.3f}"
