@@ -17,7 +17,7 @@ LINTERS := $(VENV)/.installed-$(notdir $(PYTHON))-lint
 demo demo-mnist bench: export MALLOC_MMAP_MAX_ = 0
 demo demo-mnist bench: export MALLOC_TRIM_THRESHOLD_ = 100000000000
 
-.PHONY: demo demo-mnist test lint docs bench clean
+.PHONY: demo demo-mnist test lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python experiments/cifar_hint.py --preset quick
@@ -34,6 +34,7 @@ lint: $(LINTERS)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Offline, and every warning is an error: links and anchors are checked, types and names as well.
+.PHONY: docs
 docs: $(INSTALLED)
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -b html -n -W --keep-going docs build/docs
 	@echo "Open build/docs/index.html"

@@ -121,7 +121,7 @@ def worth(
     other half measured on, in turns.
 
     Args:
-      images: uint8 [N, S, S, 3] in 0..255, S at least 16; of more than 10,000, that many are drawn.
+      images: uint8 [N, S, S, 3] in 0..255, S at least 16; 10,000 are drawn if there are more.
       labels: int32 [N], in [0, K).
       trusted: images of the same size whose labels are right (a `Dataset`, or anything with its
         `images` and `labels`), to measure on; up to 2,000 are. None holds out a fifth of the images
