@@ -1,4 +1,4 @@
-"""Shortcuts: can a linear classifier tell the classes apart by fine detail, which should say little?"""
+"""Shortcuts: can a linear classifier tell classes by fine detail, which should say little?"""
 
 import io
 import math
