@@ -37,6 +37,12 @@ lint: $(LINTERS)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Offline, and every warning is an error: links and anchors are checked, types and names as well.
+.PHONY: docs
+docs: $(INSTALLED)
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -b html -n -W --keep-going docs build/docs
+	@echo "Open build/docs/index.html"
+
 # The short set. benchmarks/README.md has the whole one, and how to measure PyTorch's libraries too.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/hvp.py --batches 128 --rounds 5

@@ -1,4 +1,4 @@
-"""From verdicts to a report: one finding for an image, those to look at first in front."""
+"""From verdicts to a report: at most one finding per image, most urgent first."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
