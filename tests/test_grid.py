@@ -198,7 +198,7 @@ def test_variants_of_hint_differ_in_what_their_names_say():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry.defenses, "hint", note)
         for name in ("hint", "hint_sign", "hint_random", "hint_mass", "hint_r0.1", "hint_beta0.125",
-                     "hint_identity", "hint_released"):  # fmt: skip
+                     "hint_identity", "hint_released", "hint_every"):  # fmt: skip
             made[name] = registry.make_defense(name, config, None, load_embedded("mnist"))
     changed = {
         name: {
@@ -210,6 +210,7 @@ def test_variants_of_hint_differ_in_what_their_names_say():
     }
     assert changed == {
         "hint": {},
+        "hint_every": {"schedule": (1, 2, 3, 4, 5, 6, 7, 8, 9)},  # of 10 epochs
         "hint_sign": {"step": "sign"},
         "hint_random": {"selection": "random"},
         "hint_mass": {"ratio": 1.0, "mass": 0.9},

@@ -94,6 +94,10 @@ def _hint_identity(config: Common, model: models.Classifier, splits: Splits) -> 
     return _hint(solver="identity", gamma=gamma)(config, model, splits)
 
 
+def _hint_every(config: Common, model: models.Classifier, splits: Splits) -> Defense:
+    return _hint(schedule=tuple(range(1, config.recipe.epochs)))(config, model, splits)
+
+
 def _hint_released(config: Common, model: models.Classifier, splits: Splits) -> Defense:
     # As often and on as many images as HINT next to it; their steps shrink from the last update on.
     released = dataclasses.replace(
@@ -198,6 +202,7 @@ _ENTRIES = (
         "hint_random", "HINT, random selection", "control", _hint(selection="random")
     ),
     DefenseEntry("hint_identity", "HINT, identity for H⁻¹", "control", _hint_identity),
+    DefenseEntry("hint_every", "HINT, at every epoch", "control", _hint_every),
     DefenseEntry("hint_sign", "HINT, sign of the map", "control", _hint(step="sign")),
     DefenseEntry("hint_mass", "HINT, r by 90 % of influence", "control", _hint(**BY_MASS)),
     DefenseEntry(
