@@ -17,6 +17,7 @@ import untargeted
 from common import cli, predictions, registry, sources, study
 from programs import ROOT, environment, run_script, script_command, squeezed
 
+from jaxpoison.defenses import HintConfig
 from jaxpoison.runs import pictures
 
 TINY = (
@@ -76,7 +77,7 @@ def test_a_run_ends_with_what_it_has_shown(whole):
         rows,
         strict=True,
     ):  # fmt: skip
-        assert shown[name] == f"{100 * row['test_accuracy']:.1f}%"
+        assert shown[name] == f"{100 * row['test_accuracy']:.1f}"
     for file in ("summary.png", "table.md"):
         assert str(run_dir / file) in end
 
@@ -234,7 +235,7 @@ def test_flags_of_inner_settings_are_named_and_presets_pass():
         ({"train_examples": 32, "poison_ratios": (0.01,)}, "are 0 poisons, fewer than the 2"),
         ({"train_examples": 64}, "fewer than one batch"),
         (
-            {"defenses": ("none", "hint"), "recipe": {"epochs": 4}},
+            {"recipe": {"epochs": 4}, "hint": HintConfig(schedule=(5,))},
             "which a run of 4 epochs never reaches",
         ),
         ({"attacks": ("pgd", "luck")}, "unknown attacks: luck; there are pgd, dap"),

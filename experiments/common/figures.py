@@ -94,7 +94,7 @@ def summary(path: Path, lines: Sequence[Line], shown: Changed, title: str) -> No
         ("HINT trains on", np.clip(shown.received + shown.noise, 0, 1)),
     ]
     count = len(shown.names)
-    figure = plt.figure(figsize=(13, 1.5 + 1.15 * count), layout="constrained")
+    figure = plt.figure(figsize=(13, 1.8 + 1.15 * count), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1])
     _bars(left.subplots(), lines)
     axes = right.subplots(count, len(columns), squeeze=False)
@@ -106,7 +106,7 @@ def summary(path: Path, lines: Sequence[Line], shown: Changed, title: str) -> No
             axis.set_yticks([])
             if row == 0:
                 axis.set_title(heading, fontsize=9)
-    figure.suptitle(title, fontsize=13, fontweight="bold")
+    figure.suptitle(title.replace(". ", ".\n"), fontsize=13, fontweight="bold")
     pictures.save(figure, path, dpi=110)
 
 
