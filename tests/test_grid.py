@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sensitivity
 import untargeted
-from common import cost, figures, page, registry, study, tables
+from common import cost, figures, page, registry, sources, study, tables
 from common.settings import Cell
 from programs import ROOT, run_script, squeezed
 
@@ -258,6 +258,22 @@ def test_table_II_gives_mean_and_spread_and_marks_what_is_missing():
     assert paper[2:4] == ["74.62 ± 0.94", "88.92 ± 0.19"]
     assert "3 seeds" in table.caption
     assert tables.table_IV(made_by_hand(rows)) is None
+
+
+def test_tables_name_the_network():
+    rows = [row(1.0, "none", 0.5), row(1.0, "hint", 0.6)]
+    for preset, name in (("cifar10-fast", "fast network of width 64"),
+                         ("cifar10-laptop", "ResNet of width 8 and blocks 1-1-1")):  # fmt: skip
+        config = dataclasses.asdict(untargeted.PRESETS[preset])
+        result = made_by_hand(rows, kind="untargeted") | {"config": config}
+        assert f"training images, {name}, " in tables.table_II(result).caption
+
+
+def test_the_fast_network_is_as_wide_as_it_is_told():
+    config = untargeted.PRESETS["cifar10-fast"]
+    for width in (16, 64):
+        model = sources.build_model(dataclasses.replace(config, width=width))
+        assert model.body.widths == (width, 2 * width, 4 * width)
 
 
 def test_table_III_counts_targets_with_wilson_intervals():
