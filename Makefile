@@ -14,16 +14,16 @@ LINTERS := $(VENV)/.installed-$(notdir $(PYTHON))-lint
 
 # glibc returns large blocks to the kernel when they are freed, and every training step on CPU then
 # faults the same pages in again. Kept, a step takes about 15 % less time. No effect elsewhere.
-demo demo-mnist bench: export MALLOC_MMAP_MAX_ = 0
-demo demo-mnist bench: export MALLOC_TRIM_THRESHOLD_ = 100000000000
+demo demo-cifar bench: export MALLOC_MMAP_MAX_ = 0
+demo demo-cifar bench: export MALLOC_TRIM_THRESHOLD_ = 100000000000
 
-.PHONY: demo demo-mnist test test-fast lint bench clean
+.PHONY: demo demo-cifar test test-fast lint docs bench clean
 
 demo: $(INSTALLED)
-	$(BIN)/python experiments/cifar_hint.py --preset quick
-
-demo-mnist: $(INSTALLED)
 	$(BIN)/python experiments/mnist_hint.py --preset quick
+
+demo-cifar: $(INSTALLED)
+	$(BIN)/python experiments/cifar_hint.py --preset quick
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests

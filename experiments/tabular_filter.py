@@ -316,7 +316,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trials", type=runs.count, default=20, help="targets of each attack")
-    parser.add_argument("--tables", choices=TABLES, nargs="+", default=list(TABLES))
+    parser.add_argument(
+        "--tables", choices=TABLES, nargs="+", default=list(TABLES), metavar="NAME",
+        help=f"some of {', '.join(TABLES)}",
+    )  # fmt: skip
     parser.add_argument(
         "--shares", type=float, nargs="+", default=(0.25, 0.5), help="p of a class; at most 1"
     )

@@ -8,7 +8,7 @@ import jaxpoison
 COMMANDS = {
     "audit": "find what is poisoned, mislabeled or broken in a folder of images",
     "clean": "copy audited data without what was flagged",
-    "demo": "audit embedded images with planted faults, in two minutes",
+    "demo": "audit embedded images with planted faults, in a few minutes",
     "prepare": "write a folder of CIFAR-10 or MNIST that data.load reads",
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sensitivity
 import untargeted
-from common import cost, figures, page, registry, study, tables
+from common import cost, figures, page, registry, sources, study, tables
 from common.settings import Cell
 from programs import ROOT, refusal, run_script, squeezed
 
@@ -196,7 +196,7 @@ def test_variants_of_hint_differ_in_what_their_names_say():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry.defenses, "hint", note)
         for name in ("hint", "hint_sign", "hint_random", "hint_mass", "hint_r0.1", "hint_beta0.125",
-                     "hint_identity", "hint_released"):  # fmt: skip
+                     "hint_identity", "hint_released", "hint_every"):  # fmt: skip
             made[name] = registry.make_defense(name, config, None, load_embedded("mnist"))
     changed = {
         name: {
@@ -208,6 +208,7 @@ def test_variants_of_hint_differ_in_what_their_names_say():
     }
     assert changed == {
         "hint": {},
+        "hint_every": {"schedule": (1, 2, 3, 4, 5, 6, 7, 8, 9)},  # of 10 epochs
         "hint_sign": {"step": "sign"},
         "hint_random": {"selection": "random"},
         "hint_mass": {"ratio": 1.0, "mass": 0.9},
@@ -255,6 +256,22 @@ def test_table_II_gives_mean_and_spread_and_marks_what_is_missing():
     assert paper[2:4] == ["74.62 ± 0.94", "88.92 ± 0.19"]
     assert "3 seeds" in table.caption
     assert tables.table_IV(made_by_hand(rows)) is None
+
+
+def test_tables_name_the_network():
+    rows = [row(1.0, "none", 0.5), row(1.0, "hint", 0.6)]
+    for preset, name in (("cifar10-fast", "fast network of width 64"),
+                         ("cifar10-laptop", "ResNet of width 8 and blocks 1-1-1")):  # fmt: skip
+        config = dataclasses.asdict(untargeted.PRESETS[preset])
+        result = made_by_hand(rows, kind="untargeted") | {"config": config}
+        assert f"training images, {name}, " in tables.table_II(result).caption
+
+
+def test_the_fast_network_is_as_wide_as_it_is_told():
+    config = untargeted.PRESETS["cifar10-fast"]
+    for width in (16, 64):
+        model = sources.build_model(dataclasses.replace(config, width=width))
+        assert model.body.widths == (width, 2 * width, 4 * width)
 
 
 def test_table_III_counts_targets_with_wilson_intervals():

@@ -1,9 +1,12 @@
 """Pictures of results, drawn from arrays and result files."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from common.summary import Line
 from jaxpoison.data import Dataset
 from jaxpoison.runs import pictures
 
@@ -52,6 +55,85 @@ def healthy_noise(
     figure.suptitle("Training images that HINT changed most, and what the trained model sees")
     figure.tight_layout()
     pictures.save(figure, path, dpi=130)
+
+
+class Changed(NamedTuple):
+    """Training images that were poisoned, and that HINT has changed.
+
+    Attributes:
+      clean: float [N, H, W, C] in [0, 1], before the attack.
+      received: the same shape, after it.
+      noise: the same shape, what HINT added.
+      names: of their classes.
+    """
+
+    clean: np.ndarray
+    received: np.ndarray
+    noise: np.ndarray
+    names: list[str]
+
+
+_COLORS = {"clean": "0.6", "none": "tab:red", "recommended": "tab:green", "trusted": "0.6"}
+
+
+def summary(path: Path, lines: Sequence[Line], shown: Changed, title: str) -> None:
+    """Draws accuracies as bars, next to images, poison and HINT's noise, both magnified.
+
+    Args:
+      path: PNG to write.
+      lines: the networks, the first at the top.
+      shown: a few images, the first at the top.
+      title: of the picture.
+    """
+    poison = shown.received - shown.clean
+    columns = [
+        ("clean", shown.clean),
+        magnified("what the attack\nchanged", poison),
+        ("poisoned", shown.received),
+        magnified("what HINT\nchanged", shown.noise),
+        ("HINT trains on", np.clip(shown.received + shown.noise, 0, 1)),
+    ]
+    count = len(shown.names)
+    figure = plt.figure(figsize=(13, 1.8 + 1.15 * count), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 1])
+    _bars(left.subplots(), lines)
+    axes = right.subplots(count, len(columns), squeeze=False)
+    for row, name in enumerate(shown.names):
+        axes[row, 0].set_ylabel(f"label: {name}", fontsize=9)
+        for axis, (heading, images) in zip(axes[row], columns, strict=True):
+            axis.imshow(images[row].squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if row == 0:
+                axis.set_title(heading, fontsize=9)
+    figure.suptitle(title.replace(". ", ".\n"), fontsize=13, fontweight="bold")
+    pictures.save(figure, path, dpi=110)
+
+
+def magnified(name, noise):
+    """Returns (heading, images) of noise as differences from gray, the largest one black or white.
+
+    A few pixels may be larger: the largest is the 99.9th percentile.
+    """
+    largest = max(float(np.quantile(np.abs(noise), 0.999)), 1e-6)
+    factor = 0.5 / largest
+    return f"{name}, ×{factor:.2g}", np.clip(0.5 + factor * noise, 0, 1)
+
+
+def _bars(axis, lines):
+    places = range(len(lines))
+    accuracies = [100 * line.accuracy for line in lines]
+    colors = [_COLORS.get(line.defense, "tab:blue") for line in lines]
+    axis.barh(places, accuracies, color=colors, height=0.65)
+    axis.set_yticks(places, [line.name.replace(", ", ",\n") for line in lines], fontsize=10)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 119)
+    axis.set_xticks(range(0, 101, 20))
+    axis.set_xlabel("test images classified right, %")
+    for place, accuracy in zip(places, accuracies, strict=True):
+        axis.text(accuracy + 1, place, f"{accuracy:.1f}%", va="center", fontsize=11)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
 
 
 def predictions(

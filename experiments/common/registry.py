@@ -72,11 +72,13 @@ class AttackEntry:
       name: in results, and on the command line.
       label: in text.
       make: makes it from settings; see `UNTARGETED`, `TARGETED` and `TRANSFER`.
+      note: for --help, what it does.
     """
 
     name: str
     label: str
     make: Callable[..., Any]
+    note: str = ""
 
 
 def _hint(**changes: Any) -> Make:
@@ -92,6 +94,10 @@ def _hint_identity(config: Common, model: models.Classifier, splits: Splits) -> 
     # Where curvature is small, (H + damping I)^-1 v is v / damping: steps of that length.
     gamma = config.hint.gamma / config.hint.damping
     return _hint(solver="identity", gamma=gamma)(config, model, splits)
+
+
+def _hint_every(config: Common, model: models.Classifier, splits: Splits) -> Defense:
+    return _hint(schedule=tuple(range(1, config.recipe.epochs)))(config, model, splits)
 
 
 def _hint_released(config: Common, model: models.Classifier, splits: Splits) -> Defense:
@@ -198,6 +204,7 @@ _ENTRIES = (
         "hint_random", "HINT, random selection", "control", _hint(selection="random")
     ),
     DefenseEntry("hint_identity", "HINT, identity for H⁻¹", "control", _hint_identity),
+    DefenseEntry("hint_every", "HINT, at every epoch", "control", _hint_every),
     DefenseEntry("hint_sign", "HINT, sign of the map", "control", _hint(step="sign")),
     DefenseEntry("hint_mass", "HINT, r by 90 % of influence", "control", _hint(**BY_MASS)),
     DefenseEntry(
@@ -242,16 +249,26 @@ DEFENSES = {name: entry for name, entry in ROWS.items() if entry.make is not Non
 UNTARGETED = {
     entry.name: entry
     for entry in (
-        AttackEntry("pgd", "PGD", lambda config: attacks.pgd(epsilon=config.epsilon)),
-        AttackEntry("dap", "DAP", lambda config: attacks.dap(epsilon=config.epsilon)),
-        AttackEntry("durp", "DURP", lambda config: attacks.durp(epsilon=config.epsilon)),
+        AttackEntry(
+            "pgd", "PGD", lambda config: attacks.pgd(epsilon=config.epsilon),
+            "adversarial examples away from the label",
+        ),
+        AttackEntry(
+            "dap", "DAP", lambda config: attacks.dap(epsilon=config.epsilon),
+            "adversarial examples of the next class",
+        ),
+        AttackEntry(
+            "durp", "DURP", lambda config: attacks.durp(epsilon=config.epsilon),
+            "random noise, the same for all images of a class",
+        ),
         AttackEntry(
             "dc",
             "DC",
             lambda config: attacks.deep_confuse(epsilon=config.epsilon, config=config.dc),
+            "DeepConfuse, a generator trained to confuse; slow",
         ),
     )
-}
+}  # fmt: skip
 """`make(config)` returns an Attack on networks trained from scratch."""
 
 
@@ -342,5 +359,6 @@ def listing(there: dict[str, Any]) -> str:
         if getattr(entry, "group", None) != group:
             group = entry.group
             lines += ["", titles[group]]
-        lines.append(f"  {name:{width}}{entry.label}")
+        note = getattr(entry, "note", "")
+        lines.append(f"  {name:{width}}{entry.label}{': ' * bool(note)}{note}")
     return "\n".join(lines)

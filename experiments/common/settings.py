@@ -45,7 +45,7 @@ class Common:
     network: Literal["paper", "fast"] = "paper"
     """The paper's network for these images, or `models.fast_cnn`, for CIFAR-10 alone."""
     width: int = 64
-    """Channels of the ResNet's first stage."""
+    """Channels of the first stage of the ResNet, or of the fast network."""
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     """Blocks in each of the ResNet's stages."""
     bfloat16: bool = False

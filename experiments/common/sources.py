@@ -42,7 +42,8 @@ def build_model(config: Common) -> models.Classifier:
     if config.network == "fast":
         if config.dataset != "cifar10":
             raise ValueError(f"--network fast is for cifar10, not {config.dataset}")
-        return models.fast_cnn(dtype=dtype)
+        widths = (config.width, 2 * config.width, 4 * config.width)
+        return models.fast_cnn(widths=widths, dtype=dtype)
     if config.dataset == "mnist":
         return models.mnist_cnn(dtype=dtype)
     return models.resnet18(width=config.width, blocks=config.blocks, dtype=dtype)

@@ -9,6 +9,7 @@ if it fails the others go on. `cifar_hint.py`, `mnist_hint.py`, `untargeted.py` 
 
 import dataclasses
 import functools
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import cli, figures, predictions, registry, sources, tables
+from common import cli, figures, predictions, registry, sources, summary, tables
 from common.settings import SELECTION, Cell, Config, Work
 from jaxpoison import attacks, models, network, runs, training
 from jaxpoison.core import devices, hosts
+from jaxpoison.core.files import read_npz, replacing
 from jaxpoison.data import Dataset, Splits, to_float
 from jaxpoison.defenses import Defense
-from jaxpoison.runs import pictures
 from jaxpoison.training import Checkpoints, Recipe, TrainState
 from jaxpoison.training.hooks import with_ids
 from jaxpoison.training.recipe import steps_per_epoch
 
-NOISE_PICTURE = "noise.png"
+NOISE_OF = ("hint_every", "hint")
+"""Defenses whose noise is kept and drawn, the best first."""
+NUM_KEPT = 64
+SUMMARY_PICTURE = "summary.png"
 
 
 def main(presets: Mapping[str, Config], description: str | None) -> None:
@@ -70,11 +74,90 @@ def study(config: Config) -> None:
     attack = f"{names} within ±{255 * config.epsilon:.3g}/255"
     text = tables.comparison(rows, config.dataset, config.data, attack, splits.source)
     output.write_result(rows, text, kind="untargeted", source=splits.source, attack=attack)
-    runs.say("\n" + text)
     draw_pictures(work, rows)
+    lines = summary.summary(rows, len(splits.test.labels), len(splits.validation.labels))
+    if lines:
+        draw_summary(work, lines)
+    else:
+        runs.say("\n" + text)
     for path in sorted(output.folder.glob("*.png")):
         runs.say(f"picture: {path}")
+    if lines:
+        runs.say(conclusion(work, lines))
     runs.require_no_errors({Cell.of(row).name: row for row in rows if Cell.of(row) in budgets})
+
+
+def draw_summary(work: Work, lines: list[summary.Line]) -> None:
+    """Draws accuracies next to a few images, their poison and HINT's noise."""
+    noise = noise_of(work)
+    if noise is None:
+        return
+    cell, kept = noise
+    splits = sources.load(work.config, cell.seed)
+    places = distinct(splits.train.labels[kept["rows"]])
+    rows = kept["rows"][places]
+    shown = figures.Changed(
+        clean=np.asarray(to_float(splits.train.images[rows])),
+        received=np.asarray(to_float(poisons(work, cell).dataset.images[rows])),
+        noise=kept["noise"][places],
+        names=[splits.class_names[label] for label in splits.train.labels[rows]],
+    )
+    path, title = work.output.folder / SUMMARY_PICTURE, summary.headline(lines)
+    hosts.on_main(lambda: figures.summary(path, lines, shown, title))
+
+
+def conclusion(work: Work, lines: list[summary.Line]) -> str:
+    """Returns what a run ends with: a table, what one has just seen, and where to go from here."""
+    config, folder = work.config, work.output.folder
+    splits = sources.load(config, config.seeds[0])
+    num_trusted = len(splits.validation.labels)
+    caption = wrapped(
+        f"{splits.source[0].upper()}{splits.source[1:]}: {max(config.poison_ratios):.0%} of "
+        f"{len(splits.train.labels):,} training images poisoned, each pixel by at most "
+        f"±{255 * config.epsilon:.3g}/255, labels left as they were. Accuracy after the last epoch "
+        f"on {len(splits.test.labels):,} test images, by which nothing was chosen."
+    )
+    story = wrapped(
+        f"{summary.headline(lines)}. HINT adds noise of its own to the training images, so that "
+        f"the loss on {num_trusted} trusted images falls; `recommended` makes these trusted images "
+        "half of what is trained on."
+    )
+    further = wrapped(
+        "Next: the same command with other --attacks, --defenses or --seeds in another --run-dir "
+        "(--help lists them); `jaxpoison demo`, which finds planted faults in images; README.md "
+        "for HINT in your own training."
+    )
+    return f"""
+{summary.table(lines, caption).markdown()}
+{story}
+
+picture  {folder / SUMMARY_PICTURE}
+table    {folder / "table.md"}, with the paper's figures
+
+{further}"""
+
+
+def wrapped(paragraph: str) -> str:
+    """Returns a paragraph in lines that fit a terminal."""
+    return textwrap.fill(paragraph, 80)
+
+
+def noise_of(work: Work) -> tuple[Cell, dict[str, Any]] | None:
+    """Returns a cell of HINT with what it changed most, None if there is none yet."""
+    config = work.config
+    for defense in NOISE_OF:
+        for ratio in config.poison_ratios:
+            cell = Cell(config.seeds[0], ratio, defense)
+            path = noise_file(work, cell)
+            if hosts.on_main(path.exists):
+                return cell, hosts.on_all(functools.partial(read_npz, path, "HINT's noise"))
+    return None
+
+
+def distinct(labels: np.ndarray) -> np.ndarray:
+    """Returns the first place of each of the first four labels to come."""
+    _, first = np.unique(labels, return_index=True)
+    return np.sort(first)[:4]
 
 
 def cells_of(config: Config, seed: int) -> list[Cell]:
@@ -121,10 +204,8 @@ def train_cell(work: Work, cell: Cell) -> dict[str, Any]:
     state = fit(work, cell, train, recipe, report)
     shares = predictions.probabilities(work.model, state.variables, splits.test.images)
     predictions.save(prediction_file(work, cell), shares)
-    if cell.defense == "hint" and cell.poison_ratio > 0:
-        path = work.output.folder / NOISE_PICTURE
-        if not hosts.on_main(lambda: pictures.is_whole(path)):
-            draw_noise(work, cell, path)
+    if cell.defense in NOISE_OF and cell.poison_ratio > 0:
+        keep_noise(work, cell)
     history = work.output.metrics(cell.name)
     return {
         "test_accuracy": history[-1]["test_accuracy"],
@@ -181,7 +262,10 @@ def defense_of(config: Config, model: models.Classifier, splits: Splits, cell: C
 
 
 def draw_pictures(work: Work, rows: list[dict[str, Any]]) -> None:
-    """Draws accuracy over p, and predictions at the largest p (Figure 2)."""
+    """Draws HINT's noise, accuracy over p, and predictions at the largest p (Figure 2)."""
+    noise = noise_of(work)
+    if noise is not None:
+        draw_noise(work, *noise)
     rows = [row for row in tables.trained(rows) if row["defense"] in work.config.defenses]
     cells = [Cell.of(row) for row in rows]
     worst = max((cell.poison_ratio for cell in cells), default=0.0)
@@ -250,8 +334,8 @@ def poisons(work: Work, cell: Cell) -> attacks.PoisonedDataset:
     return hosts.on_all(lambda: attacks.load(path, num_classes=work.model.num_classes))
 
 
-def draw_noise(work: Work, cell: Cell, picture: Path) -> None:
-    """Draws examples that HINT changed, in the manner of the paper's Figure 1."""
+def keep_noise(work: Work, cell: Cell) -> None:
+    """Keeps the noise on the examples that HINT changed most, and what the network sees in them."""
     splits, train = sources.load(work.config, cell.seed), poisons(work, cell).dataset
     defense = defense_of(work.config, work.model, splits, cell)
     state = fit(work, cell, train, work.config.recipe)
@@ -260,22 +344,45 @@ def draw_noise(work: Work, cell: Cell, picture: Path) -> None:
     like = (state, defense.init(jax.random.key(0), train, work.config.recipe.epochs))
     _, (state, (_, chosen, noise)) = checkpoints.restore(like)
     checkpoints.close()
-    strongest = jnp.argsort(-jnp.mean(jnp.abs(noise), axis=(1, 2, 3)))[:8]
-    rows = np.asarray(chosen[strongest])
-    received = Dataset(np.asarray(to_float(train.images[rows])), train.labels[rows])
-    added = np.asarray(noise[strongest])
-    perturbed = np.clip(received.images + added, 0, 1)
+    strongest = jnp.argsort(-jnp.mean(jnp.abs(noise), axis=(1, 2, 3)))[:NUM_KEPT]
+    rows, added = np.asarray(chosen[strongest]), np.asarray(noise[strongest])
+    received = np.asarray(to_float(train.images[rows]))
     before, after = (
         devices.to_host(network.predict(work.model, state.variables, images))
-        for images in (received.images, perturbed)
+        for images in (received, perturbed(received, added))
     )
+    path = noise_file(work, cell)
+
+    def write():
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as file:
+            np.savez_compressed(file, rows=rows, noise=added, before=before, after=after)
+
+    hosts.on_main(write)
+
+
+def noise_file(work: Work, cell: Cell) -> Path:
+    """Returns where the noise of a cell is."""
+    return work.output.folder / "noise" / f"{cell.name}.npz"
+
+
+def perturbed(received: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Returns what was trained on."""
+    return np.clip(received + noise, 0, 1)
+
+
+def draw_noise(work: Work, cell: Cell, kept: dict[str, Any]) -> None:
+    """Draws examples that HINT changed, in the manner of the paper's Figure 1."""
+    splits, train = sources.load(work.config, cell.seed), poisons(work, cell).dataset
+    rows, noise = kept["rows"][:8], kept["noise"][:8]
+    received = Dataset(np.asarray(to_float(train.images[rows])), train.labels[rows])
     hosts.on_main(
         lambda: figures.healthy_noise(
-            picture,
+            work.output.folder / "noise.png",
             received,
-            added,
-            perturbed,
-            seen=(before, after),
+            noise,
+            perturbed(received.images, noise),
+            seen=(kept["before"][:8], kept["after"][:8]),
             class_names=splits.class_names,
             beta=work.config.hint.beta,
         )

@@ -303,8 +303,11 @@ def _setting(result):
     largest = max(rows, key=lambda row: row["num_train"], default={"num_train": 0})
     network = ""
     if config["dataset"] == "cifar10":
-        blocks = "-".join(map(str, config["blocks"]))
-        network = f", ResNet of width {config['width']} and blocks {blocks}"
+        if config.get("network") == "fast":  # older results do not say
+            network = f", fast network of width {config['width']}"
+        else:
+            blocks = "-".join(map(str, config["blocks"]))
+            network = f", ResNet of width {config['width']} and blocks {blocks}"
     budget = f"±{255 * config['epsilon']:.3g}/255"
     attack = result.get("attack") or f"{' + '.join(config['attacks']).upper()} within {budget}"
     source = result["source"][0].upper() + result["source"][1:]

@@ -270,7 +270,7 @@ def demo_main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="jaxpoison demo",
         description="Audit 2,500 CIFAR-10 images that are part of the package, with faults planted "
-        "into them; about two minutes.",
+        "into them; a few minutes.",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("jaxpoison-demo"), help="folder of the report"
