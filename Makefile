@@ -17,7 +17,7 @@ LINTERS := $(VENV)/.installed-$(notdir $(PYTHON))-lint
 demo demo-cifar bench: export MALLOC_MMAP_MAX_ = 0
 demo demo-cifar bench: export MALLOC_TRIM_THRESHOLD_ = 100000000000
 
-.PHONY: demo demo-cifar test lint bench clean
+.PHONY: demo demo-cifar test test-fast lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python experiments/mnist_hint.py --preset quick
@@ -26,12 +26,22 @@ demo-cifar: $(INSTALLED)
 	$(BIN)/python experiments/cifar_hint.py --preset quick
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+
+# Before a commit: the doors, and of each method the test against another source.
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m fast tests
 
 lint: $(LINTERS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Offline, and every warning is an error: links and anchors are checked, types and names as well.
+.PHONY: docs
+docs: $(INSTALLED)
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -b html -n -W --keep-going docs build/docs
+	@echo "Open build/docs/index.html"
 
 # The short set. benchmarks/README.md has the whole one, and how to measure PyTorch's libraries too.
 bench: $(INSTALLED)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from audit_threats import Case, plant
 
-from jaxpoison import audit, data, runs
+from jaxpoison import audit, runs
 from jaxpoison.audit import foreign
 from jaxpoison.audit.verdict import Scores
 from jaxpoison.data import Dataset
@@ -280,6 +280,12 @@ def summary(cell: dict[str, Any]) -> str:
     )
 
 
+LIKE = {
+    "aggregate": ("flip",), "random1": ("flip",), "flips": ("flip",), "patch": ("patch",),
+    "blend": ("blend",), "sig": ("blend",), "collision": ("collision",),
+    "bullseye": ("collision",), "matching": ("collision",),
+}  # fmt: skip
+"""Canaries of the audit that are nearest to a fault; there are none for attacks on whole sets."""
 RIVALS = (
     "Datalab, label",
     "Datalab, outlier",
@@ -289,28 +295,60 @@ RIVALS = (
 
 
 def table(cells: list[dict[str, Any]]) -> str:
-    """Returns cells as Markdown: what was found, and who ranks it best."""
-    head = ["set", "fault", "images", "verdict", "found", "others flagged", "audit", "with trusted",
-            "best check", *RIVALS]  # fmt: skip
-    rows = [head, ["---"] * len(head)]
+    """Returns cells as Markdown: what the audit decides, who ranks faults best, and each check."""
+    return "\n\n".join([decided(cells), ranked(cells), by_check(cells)])
+
+
+def decided(cells):
+    header = ["fault", "images", "verdict", "found", "with trusted", "others flagged",
+              "with trusted", "such faults in the copy"]  # fmt: skip
+    rows = []
     for cell in cells:
         alone, trusted = cell["alone"], cell["trusted"]
+        planted = [
+            f"{name} {each['found']} of {each['planted']}"
+            for name, each in alone["power"].items()
+            if name in LIKE.get(cell["threat"], ())
+        ]
+        rows.append([
+            title(cell), f"{cell['changed']:,} of {cell['images']:,}", alone["verdict"],
+            f"{alone['flagged_changed']:,}", f"{trusted['flagged_changed']:,}",
+            f"{alone['flagged_others']:,}", f"{trusted['flagged_others']:,}", ", ".join(planted),
+        ])  # fmt: skip
+    return runs.markdown(header, rows)
+
+
+def ranked(cells):
+    header = ["fault", "audit", "with trusted", "best check", *RIVALS]
+    rows = []
+    for cell in cells:
         best = max(
-            ((name, x) for name, x in alone["ranked"].items() if x and "audit" not in name),
+            ((name, x) for name, x in cell["alone"]["ranked"].items() if x and "audit" not in name),
             key=lambda pair: pair[1]["ap"],
             default=None,
         )
-        others = cell.get("rivals", {}).get("ranked", {})
-        share = f" {cell['share']:.0%}" if cell["threat"] in (*PLANTED, *WHOLE) else ""
-        rows.append([
-            cell["dataset"], f"{cell['threat']}{share}", f"{cell['changed']} of {cell['images']:,}",
-            alone["verdict"], f"{alone['flagged_changed']}, {trusted['flagged_changed']}",
-            f"{alone['flagged_others']}, {trusted['flagged_others']}",
-            combined(alone), combined(trusted),
-            "" if best is None else f"{best[0]} {figures(best[1])}",
-            *(figures(others.get(name)) for name in RIVALS),
-        ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        if best is not None:
+            others = cell.get("rivals", {}).get("ranked", {})
+            cells_of = [combined(cell["alone"]), combined(cell["trusted"])]
+            theirs = [figures(others.get(name)) for name in RIVALS]
+            rows.append([title(cell), *cells_of, f"{best[0]}: {figures(best[1])}", *theirs])
+    return runs.markdown(header, rows)
+
+
+def by_check(cells):
+    known = [cell for cell in cells if any(cell["trusted"]["ranked"].values())]
+    names = dict.fromkeys(name for cell in known for name in cell["trusted"]["ranked"])
+    rows = []
+    for name in names:
+        found = [cell["trusted"]["ranked"].get(name) for cell in known]
+        rows.append([name, *("" if not x else f"{x['ap']:.2f}" for x in found)])
+    return runs.markdown(["AP, with trusted images", *map(title, known)], rows)
+
+
+def title(cell) -> str:
+    """Returns the name of a cell."""
+    share = f" {cell['share']:.0%}" if cell["threat"] in (*PLANTED, *WHOLE) else ""
+    return f"{cell['dataset']}, {cell['threat']}{share}"
 
 
 def combined(judged: dict[str, Any]) -> str:

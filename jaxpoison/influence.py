@@ -135,8 +135,8 @@ def group_gradient(
 ) -> Params:
     """Returns v = grad_theta (1/M) sum_i l_i over `group`, shaped like `params`.
 
-    Arguments as for `group_ihvp`; with `weights` it is the gradient of the weighted mean. Half-
-    precision parameters give a float32 gradient.
+    Arguments as for `group_ihvp`; with `weights` it is the gradient of the weighted mean.
+    Half-precision parameters give a float32 gradient.
     """
     params = _check_floating(params, "params")
     if isinstance(group, Stream):
@@ -185,7 +185,7 @@ def example_influence(
     *,
     chunk_size: int | None = None,
 ) -> jax.Array:
-    """Returns I_up(z_i) = -<ihvp, grad_theta l_i> of every example, shape `[N]` (HINT eq. 8).
+    """Returns I_up(z_i) = -<ihvp, grad_theta l_i> of every example, shape `[N]`; HINT, equation 8.
 
     It is the derivative of the group's mean loss by the weight of example i in the training sum
     (1/N) sum l + eps l_i: positive means that up-weighting the example raises the group's loss
@@ -239,7 +239,7 @@ def self_influence(
       curvature: as for `group_ihvp`.
       train_weights: as for `group_ihvp`.
       chunk_size: examples of `train` per pass.
-      examples_at_once: systems solved together; the memory is that of so many parameter vectors.
+      examples_at_once: systems solved together; the memory is that of as many parameter vectors.
       key: as for `group_ihvp`.
 
     Returns:
@@ -303,7 +303,7 @@ def score_matrix(
       top_k: None for the whole matrix; k for the k most harmful and the k most helpful of each
         query, without ever holding the matrix.
       chunk_size: examples of `train` per pass.
-      queries_at_once: systems solved together. The memory beyond the result is that of so many
+      queries_at_once: systems solved together. The memory beyond the result is that of as many
         parameter vectors and, with `top_k`, `queries_at_once` x `chunk_size` scores.
       key: as for `group_ihvp`.
 
@@ -505,7 +505,7 @@ def pixel_influence(
     *,
     chunk_size: int | None = None,
 ) -> Any:
-    """Returns I_pert(z_i) = -grad_x <ihvp, grad_theta l_i>, shaped like the inputs (HINT eq. 9).
+    """Returns I_pert(z_i) = -grad_x <ihvp, grad_theta l_i>, shaped like the inputs; equation 9.
 
     Positive at a pixel means that raising it, and training on, raises the group's loss: moving
     example i by delta changes that loss by about <I_pert, delta> / N. One forward-mode and one
@@ -555,7 +555,7 @@ def linear_head_loss(head_params: Params, batch: Batch) -> jax.Array:
 
     Raises:
       ValueError: for another head, K = 1, or labels of another shape; outside `jit` also for
-        labels that are no classes, whose losses and derivatives are NaN under `jit`.
+        labels out of range, whose losses and derivatives are NaN under `jit`.
     """
     features, labels = batches.split_batch(batch)
     heads.check_head(head_params, features)

@@ -44,9 +44,9 @@ CHECKS = (
         "Shortcuts that need more than two layers.", 0,
     ),
     findings.CheckResult(
-        "influence", "Harm to trusted images", "harm", "not run",
+        "overlap", "Also a trusted image", "copy", "not run",
         "It needs trusted images: give five or more a class with --trusted.",
-        "Harm to images unlike the trusted ones.",
+        "Copies that were cropped.",
     ),
 )  # fmt: skip
 POWER = (

@@ -1,10 +1,13 @@
 """Running programs as users do: each in a process of its own, on one device."""
 
+import io
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 600  # a hang fails after so long
@@ -29,6 +32,20 @@ def run_code(code, *arguments, cwd=ROOT, **variables):
 def environment(**variables):
     """Returns the variables of a program: one device, unless others are given."""
     return os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | variables
+
+
+def refusal(main, *flags, patch):
+    """Calls `main()` in this process with flags that it must refuse; returns the one line.
+
+    `patch` is pytest's monkeypatch. What a program makes of its errors is `runs.program`'s.
+    """
+    printed = io.StringIO()
+    patch.setattr(sys, "argv", ["program", *map(str, flags)])
+    patch.setattr(sys, "stderr", printed)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code  # a text is status 1
+    return " ".join(f"{printed.getvalue()} {stopped.value.code}".split())
 
 
 def squeezed(text):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import Normed, classifier, one_device
 
-from jaxpoison import defenses, models, network, training
+from jaxpoison import defenses, network, training
 from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import EpicConfig, FatConfig, FriendsConfig, HintConfig
@@ -27,15 +28,8 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
-class Body(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(2, (3, 3))(x))
-        return nn.relu(x).mean((1, 2))
-
-
 def model():
-    return models.Classifier(Body(), num_features=2, num_classes=K, mean=(0.5,), std=(0.3,))
+    return classifier(Normed(2), K, mean=(0.5,), std=(0.3,))
 
 
 def random_set(num_examples, seed=0, shape=SHAPE):
@@ -44,10 +38,6 @@ def random_set(num_examples, seed=0, shape=SHAPE):
 
 
 TRAIN, TRUSTED = random_set(24), random_set(6, 1)
-
-
-def one_device():
-    return devices.data_mesh(jax.devices()[:1])
 
 
 MAKE = {

@@ -1,13 +1,13 @@
 import json
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from networks import Tanh, classifier
 
-from jaxpoison import attacks, models
+from jaxpoison import attacks
 from jaxpoison.data import Dataset
 
 EPSILON = 0.06
@@ -18,13 +18,7 @@ CRAFT = {
 }
 
 
-class Body(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        return nn.tanh(nn.Dense(8)(x.reshape(x.shape[0], -1)))
-
-
-MODEL = models.Classifier(Body(), num_features=8, num_classes=4, std=(0.3,))
+MODEL = classifier(Tanh(8), 4, std=(0.3,))
 VICTIM = attacks.Victim(MODEL, MODEL.init(jax.random.key(0), jnp.zeros((1, 5, 5, 1))))
 
 
@@ -170,6 +164,18 @@ def test_mixture_follows_its_key_and_leaves_the_clean_set_alone():
     np.testing.assert_array_equal(first.images, again.images)
     assert np.any(first.attack_id != other.attack_id)
     np.testing.assert_array_equal(CLEAN.images, before)
+
+
+def test_each_attack_of_a_mixture_has_a_key_of_its_own():
+    keys = []
+
+    def craft(key, victim, images, labels, progress=None):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return images
+
+    names = ("one", "two", "three")
+    mix(1.0, attack_list=[attacks.Attack(name, EPSILON, craft, {}) for name in names])
+    assert len(set(keys)) == 3
 
 
 def test_mixture_of_nothing_is_the_clean_set():

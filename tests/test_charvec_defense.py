@@ -3,36 +3,28 @@
 import dataclasses
 import warnings
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from bn_networks import variables_of
 from defended import begin
+from networks import Normed, classifier, one_device
 
-from jaxpoison import filters, models, network, training
-from jaxpoison.core import devices
+from jaxpoison import filters, network, training
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense, HintConfig, chain, characteristic_filter, hint, none
 from jaxpoison.filters import ContaminationWarning
 from jaxpoison.training import heads
 from jaxpoison.training.hooks import Info, with_ids
 
-ONE = devices.data_mesh(jax.devices()[:1])
+ONE = one_device()
 RECIPE = training.Recipe(
     epochs=2, batch_size=8, learning_rate=0.05, milestones=(), max_shift=0.0, flip=False
 )
 
 
-class Body(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x))
-        return nn.relu(x).mean((1, 2))
-
-
-MODEL = models.Classifier(Body(), num_features=4, num_classes=3)
+MODEL = classifier(Normed(4))
 
 
 def colored(num_examples, seed):

@@ -4,28 +4,19 @@ import signal
 import sys
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import Strided, classifier, one_device
 from programs import run_code
 
-from jaxpoison import models, training
+from jaxpoison import training
 from jaxpoison.core import devices
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import HintConfig, hint
-from jaxpoison.models import layers
 
 RECIPE = training.Recipe(epochs=5, batch_size=8, learning_rate=0.05, milestones=(3,), max_shift=1.0)
-
-
-class Body(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        x = layers.Conv(4, (3, 3), strides=2, use_bias=False)(x)
-        x = nn.relu(layers.BatchNorm(use_running_average=not train)(x))
-        return x.mean(axis=(1, 2))
 
 
 def random_set(num_examples, seed):
@@ -36,13 +27,13 @@ def random_set(num_examples, seed):
 
 def train(folder=None, report=None):
     """Trains under HINT, from and to `folder`; the chosen set and the noise must survive in it."""
-    model = models.Classifier(Body(), num_features=4, num_classes=3, std=(0.25,))
+    model = classifier(Strided(4), std=(0.25,))
     # LiSSA draws batches, so that its key must survive as well.
     config = HintConfig(ratio=0.4, gamma=3.0, schedule=(1, 3), solver="lissa")
     checkpoints = None
     if folder is not None:
         checkpoints = training.Checkpoints(folder, every=1, identity="test")
-    mesh = devices.data_mesh(jax.devices()[:1])
+    mesh = one_device()
     return training.fit(
         model, RECIPE, random_set(20, 0), key=jax.random.key(3), mesh=mesh, report=report,
         defense=hint(model, random_set(9, 1), config, mesh=mesh), checkpoints=checkpoints,
@@ -227,10 +218,10 @@ def test_saved_on_four_devices_and_restored_on_two(tmp_path):
 def test_saves_every_few_epochs_and_at_the_end(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(training.Checkpoints, "save", lambda self, epoch, tree: saved.append(epoch))
-    model = models.Classifier(Body(), num_features=4, num_classes=3)
+    model = classifier(Strided(4))
     training.fit(
         model, RECIPE, random_set(8, 0), key=jax.random.key(0),
-        mesh=devices.data_mesh(jax.devices()[:1]),
+        mesh=one_device(),
         checkpoints=training.Checkpoints(tmp_path, every=2, identity="a"),
     )  # fmt: skip
     assert saved == [2, 4, 5]

@@ -2,16 +2,15 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from defended import begin
+from networks import Tanh, classifier, one_device
 
-from jaxpoison import models, training
-from jaxpoison.core import devices
+from jaxpoison import training
 from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.defenses import (
     Defense,
@@ -36,13 +35,7 @@ RECIPE = training.Recipe(
 KEY = jax.random.key(0)
 
 
-class Body(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        return nn.tanh(nn.Dense(8)(x.reshape(x.shape[0], -1)))
-
-
-MODEL = models.Classifier(Body(), num_features=8, num_classes=3, mean=(0.5,), std=(0.3,))
+MODEL = classifier(Tanh(8), mean=(0.5,), std=(0.3,))
 
 
 @functools.cache
@@ -56,10 +49,6 @@ def random_set(num_examples=48, seed=0):
 
 
 TRUSTED = random_set(18, 1)
-
-
-def one_device():
-    return devices.data_mesh(jax.devices()[:1])
 
 
 def fit(defense=None, train=None, **more):

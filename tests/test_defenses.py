@@ -1,11 +1,10 @@
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from defended import begin
+from networks import Tanh, classifier, one_device
 
-from jaxpoison import models, training
-from jaxpoison.core import devices
+from jaxpoison import training
 from jaxpoison.data import Dataset
 from jaxpoison.defenses import Defense, chain, none, random_noise
 from jaxpoison.training.hooks import Info
@@ -13,13 +12,7 @@ from jaxpoison.training.hooks import Info
 RECIPE = training.Recipe(epochs=2, batch_size=8, learning_rate=0.05, milestones=())
 
 
-class Body(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        return nn.tanh(nn.Dense(4)(x.reshape(x.shape[0], -1)))
-
-
-MODEL = models.Classifier(Body(), num_features=4, num_classes=3)
+MODEL = classifier(Tanh(4))
 
 
 def random_set():
@@ -32,7 +25,7 @@ def random_set():
 def fit(defense, report=None):
     return training.fit(
         MODEL, RECIPE, random_set(), key=jax.random.key(0), defense=defense, report=report,
-        mesh=devices.data_mesh(jax.devices()[:1]),
+        mesh=one_device(),
     )  # fmt: skip
 
 

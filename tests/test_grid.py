@@ -1,8 +1,8 @@
 """The grid, its tables and its pictures: programs as a user runs them, at the smallest scale."""
 
 import dataclasses
+import functools
 import json
-import sys
 
 import flax.linen as nn
 import numpy as np
@@ -11,7 +11,7 @@ import sensitivity
 import untargeted
 from common import cost, figures, page, registry, sources, study, tables
 from common.settings import Cell
-from programs import ROOT, run_script, squeezed
+from programs import ROOT, refusal, run_script, squeezed
 
 from jaxpoison import models
 from jaxpoison.data import load_embedded
@@ -161,11 +161,9 @@ def test_cost_adds_up_and_goes_on(tmp_path):
     ],
 )
 def test_bad_settings_are_refused_before_any_work(tmp_path, monkeypatch, flags, message):
-    command = ["untargeted.py", "--run-dir", str(tmp_path / "run"), *TINY, *flags]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as stopped:
-        study.main(untargeted.PRESETS, untargeted.__doc__)
-    assert message in " ".join(str(stopped.value).split())
+    main = functools.partial(study.main, untargeted.PRESETS, untargeted.__doc__)
+    told = refusal(main, "--run-dir", tmp_path / "run", *TINY, *flags, patch=monkeypatch)
+    assert message in told
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import one_device
 
 from jaxpoison import models, solvers, training
 from jaxpoison.core import devices
@@ -56,10 +57,6 @@ def trained(epochs=6):
     """Returns the state of an undefended run: not at a stationary point, not random either."""
     recipe = dataclasses.replace(RECIPE, epochs=epochs)
     return training.fit(MODEL, recipe, TRAIN, key=jax.random.key(0), mesh=one_device())
-
-
-def one_device():
-    return devices.data_mesh(jax.devices()[:1])
 
 
 class Update:
@@ -317,6 +314,17 @@ def test_solvers_agree():
     scale = np.abs(noises["cg"]).max()
     assert np.abs(noises["lissa"] - noises["cg"]).max() < 0.1 * scale
     assert np.abs(noises["identity"] - noises["cg"]).max() > 0.2 * scale
+
+
+def test_a_random_solver_draws_other_batches_at_every_update():
+    def noise(epoch):
+        run = Update(dataclasses.replace(CONFIG, solver="lissa", ratio=1.0, schedule=(epoch,)))
+        run(epoch)
+        return run.noise
+
+    first = noise(2)
+    np.testing.assert_array_equal(noise(2), first)
+    assert np.any(noise(4) != first)
 
 
 def test_permuting_the_training_set_permutes_the_result():

@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 
+import conftest
 import pytest
 from programs import ROOT, run_code
 
@@ -152,7 +153,7 @@ def test_nothing_in_the_package_imports_what_stands_on_it():
 
 
 def test_the_documents_show_the_table():
-    texts = [(ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")]
+    texts = [(ROOT / name).read_text() for name in ("docs/architecture.md", "CONTRIBUTING.md")]
     shown = [
         block
         for text in texts
@@ -177,6 +178,13 @@ def test_dependencies():
     assert names(extras["tfds"]) == {"tensorflow-datasets", "array-record", "importlib-resources"}
     assert "jaxpoison[tfds]" in names(extras["experiments"])
     assert "jaxpoison[experiments]" in names(extras["test"])
+
+
+def test_the_lists_of_the_fast_and_the_longest_tests_name_what_exists():
+    lists = dict.fromkeys(conftest.LONGEST, ()) | conftest.FAST
+    for file, tests in lists.items():
+        text = (ROOT / "tests" / f"{file}.py").read_text()
+        assert all(f"\ndef {test}(" in text for test in tests), file
 
 
 def loaded(statement, names):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import one_device
 
 from jaxpoison import models
 from jaxpoison.core import devices
@@ -41,10 +42,6 @@ class Flat(nn.Module):
 
 
 MODEL = models.Classifier(Flat(), WIDTH, K, mean=tuple(MEAN), std=tuple(STD))
-
-
-def one_device():
-    return devices.data_mesh(jax.devices()[:1])
 
 
 def random_set(num_examples, seed, low=0, high=256):

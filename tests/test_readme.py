@@ -1,7 +1,8 @@
-"""The Python examples of the README and of the guides run as they are printed."""
+"""The Python examples of the README run as they are printed, and its figures are measured ones."""
 
-import doctest
+import json
 import re
+import statistics
 from pathlib import Path
 
 import jax
@@ -87,25 +88,64 @@ def test_signs_are_as_the_text_says():
     )
 
 
-@pytest.mark.parametrize("guide", ["influence.md", "filters.md"])
-def test_guides_print_what_they_say(guide):
-    path = README.parent / "docs" / guide
-    result = doctest.testfile(str(path), module_relative=False, optionflags=doctest.ELLIPSIS)
-    assert result.attempted > 20 and result.failed == 0
-
-
 def test_hint_example(few_images, capsys):
     names = run(BLOCKS[1])
-    assert int(names["state"].step) == 2 * 3
+    assert int(names["state"].step) == 3 * 3
     epochs = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [epoch for epoch, *_ in epochs] == ["0", "1"]
+    assert [epoch for epoch, *_ in epochs] == ["0", "1", "2"]
     assert all(0 <= float(accuracy) <= 1 for *_, accuracy in epochs)
 
 
 def test_filter_example():
+    """The example of `docs/filters.md`, where the answer is known exactly, is tested with it."""
     names = run(BLOCKS[2])
-    result = names["result"]
-    wrong = np.arange(300) < 10
-    wrong &= np.arange(300) % 3 != 2
-    np.testing.assert_array_equal(result.is_poison, wrong)
-    assert len(names["x"]) == len(names["y"]) == 300 - 7
+    flagged = names["result"].is_poison
+    assert flagged[:20].sum() >= 17  # wrong labels; the network is right on 92 images of 100
+    assert flagged[20:].mean() < 0.2
+    assert len(names["x"]) == len(names["y"]) == 500 - flagged.sum()
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def table():
+    """Returns {run: cells} of the table of what to expect."""
+    rows = re.findall(
+        r"^\| \[.*?\]\(docs/results\.md#(\S+?)\), \d seeds? \|(.*)\|$",
+        README.read_text(encoding="utf-8"),
+        re.M,
+    )
+    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
+
+
+def mean(rows, defense, poison_ratio=None):
+    """Returns the mean accuracy over seeds in percent, None for what was not run."""
+    found = [
+        row["test_accuracy"]
+        for row in rows
+        if row["defense"] == defense and poison_ratio in (None, row["poison_ratio"])
+    ]
+    return 100 * statistics.mean(found) if found else None
+
+
+def results(name):
+    path = README.parent / "experiments" / "results" / name / "result.json"
+    return json.loads(path.read_text())["rows"]
+
+
+def test_the_table_of_what_to_expect_has_four_runs():
+    assert len(table()) == 4
+
+
+@pytest.mark.parametrize("name", table())
+def test_what_to_expect_was_measured(name):
+    rows, cells = results(name), table()[name]
+    measured = [
+        mean(rows, "none", 0.0),
+        *(mean(rows, defense, 1.0) for defense in ("none", "hint", "recommended")),
+        mean(rows, "trusted"),
+    ]
+    assert [cell == "-" for cell in cells] == [value is None for value in measured]
+    for cell, value in zip(cells, measured, strict=True):
+        assert value is None or abs(float(cell) - value) <= 0.051, (cell, value)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import heapq
 import itertools
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from defended import begin
+from networks import one_device
 
 from jaxpoison import models, training
 from jaxpoison.core import devices, loops
@@ -20,6 +22,7 @@ from jaxpoison.defenses import (
     EpicConfig,
     FatConfig,
     FriendsConfig,
+    _epic,
     adversarial_training,
     chain,
     epic,
@@ -53,10 +56,6 @@ def random_set(num_examples=96):
     for label in range(3):
         images[labels == label, :, 2 * label] += 0.2
     return Dataset(images.astype(np.float32), labels)
-
-
-def one_device():
-    return devices.data_mesh(jax.devices()[:1])
 
 
 def fit(defense=None, mesh=None, **more):
@@ -340,6 +339,21 @@ def test_epic_drops_for_good_and_training_goes_on_with_the_rest():
     first, second = (logged[epoch]["chosen"] for epoch in (2, 4))
     assert first.sum() == dropped[2] and (second >= first).all()
     assert int(state.step) == 2 * 6 + 2 * steps(2) + 4 * steps(4)
+
+
+def test_each_selection_of_epic_draws_by_its_own_key(monkeypatch):
+    keys = []
+
+    def nothing(run, key, variables, dataset):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return jnp.zeros(len(dataset.labels), bool)
+
+    monkeypatch.setattr(_epic, "selection", nothing)
+    defense = epic(MODEL, EpicConfig(start=2, every=2, last=4), mesh=one_device())
+    state, train = begin(defense, jax.random.key(0), random_set())
+    for epoch in (2, 3, 4):
+        state, train, _ = defense.on_epoch(state, epoch, SimpleNamespace(variables=None), train)
+    assert len(set(keys)) == len(keys) == 2
 
 
 def test_learning_rate_falls_at_its_epochs_though_epochs_have_become_shorter():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from networks import Strided, classifier
 
 from jaxpoison import models, network, solvers, training
 from jaxpoison.core import devices, loops
@@ -30,18 +31,8 @@ class LinearBody(nn.Module):
         return nn.Dense(4)(x.reshape(x.shape[0], -1))
 
 
-class ConvBody(nn.Module):
-    """A convolution with BatchNorm, averaged over the image."""
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        x = models.layers.Conv(6, (3, 3), strides=2, use_bias=False)(x)
-        x = nn.relu(models.layers.BatchNorm(use_running_average=not train)(x))
-        return x.mean(axis=(1, 2))
-
-
 def conv_model():
-    return models.Classifier(ConvBody(), num_features=6, num_classes=3, std=(0.25,))
+    return classifier(Strided(6), std=(0.25,))
 
 
 def linear_model():

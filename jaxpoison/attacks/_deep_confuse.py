@@ -64,10 +64,10 @@ class DeepConfuseConfig:
 def deep_confuse(*, epsilon: float, config: DeepConfuseConfig = DeepConfuseConfig()) -> Attack:
     """Returns the attack.
 
-    The generator is trained on the images that it is to poison; of the victim it takes the network,
-    not its weights. Of all generators on the way the one is kept whose classifier ended with the
-    highest loss on the clean images (the authors go by accuracy, which after a short training
-    hardly tells generators apart).
+    The generator is trained on the images that it will poison, with the victim's network but
+    not its weights. The generator that is kept is the one whose classifier ended with the highest
+    loss on the clean images (the authors go by accuracy, which hardly distinguishes generators
+    after a short training).
 
     Args:
       epsilon: budget, in units of [0, 1].

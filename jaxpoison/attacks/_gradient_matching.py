@@ -72,7 +72,7 @@ def gradient_matching(
 
     The defaults are those of the authors' toolkit: signed Adam from random noise, its rate cut to a
     tenth after 3/8, 5/8 and 7/8 of the steps, the best of eight starts. Several substitutes are an
-    ensemble: the objective is the mean over them. Poisons of one trial at a time, each step one
+    ensemble: the objective is the mean over them. Trials are crafted one at a time, each step one
     compiled program; a trial costs restarts * num_steps gradients of each poison and substitute.
 
     Args:

@@ -92,8 +92,8 @@ def metapoison(
 ) -> TargetedAttack:
     """Returns the attack.
 
-    Of the substitutes that crafting is given it takes the networks, in turn, and not their weights:
-    the surrogates are trained here. A step costs an epoch of each surrogate and, for each trial and
+    It uses the networks of the substitutes in turn, and not their weights: surrogates are trained
+    here. A step costs an epoch of each surrogate and, for each trial and
     surrogate, P / poisons_per_batch times the gradient through the unrolled steps.
 
     Args:

@@ -62,7 +62,7 @@ class Attack(NamedTuple):
 
 
 class Crafted(NamedTuple):
-    """Poisons, and evidence that crafting them got somewhere.
+    """Poisons, and the course of their objective.
 
     Attributes:
       images: float32 [T, P, H, W, C] in [0, 1], within the budget of the base images.

@@ -30,9 +30,9 @@ def feature_collision(
 
     Gradient descent on sum_m |f_m(x_j) - f_m(x^t)|^2 (+ `similarity` |x_j - x_j^b|^2, whose step
     is implicit), from a blend of base and target. The defaults are those of the benchmark of
-    Schwarzschild et al. (arXiv 2006.12557), but for the first step, there 1e-3, with which poisons
-    for a narrow ResNet do not arrive. Unlike there, a step that raises the objective is taken back
-    before the step is shortened, and every poison has a step of its own.
+    Schwarzschild et al. (arXiv 2006.12557), except for the first step, which is 1e-3 there and
+    too short for a narrow ResNet. Unlike there, a step that raises the objective is undone before
+    the step is shortened, and every poison has a step size of its own.
 
     Args:
       epsilon: budget, in units of [0, 1].

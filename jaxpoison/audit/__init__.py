@@ -1,4 +1,4 @@
-"""Audits of training sets: what is mislabeled, poisoned, harmful or broken, and how sure.
+"""Audits of training sets: what is mislabeled, poisoned or broken, and how sure.
 
 `audit` does all of it for arrays or a path, `jaxpoison audit` for a folder on the command line.
 """

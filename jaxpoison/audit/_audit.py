@@ -39,10 +39,10 @@ def _tell_nobody(stage: str, done: int, total: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the result of an audit, next to the data."""
+    """What determines the result of an audit, besides the data."""
 
     quick: bool = False
-    """Without training: files, copies, and what the foreign witness says."""
+    """Without training: files, copies, and the foreign witness alone."""
     epochs: int | None = None
     """Passes of the network that is trained on the data; None for what suits their number."""
     worth: bool = True
@@ -58,7 +58,7 @@ class Audit:
     Attributes:
       report: what was found, for people and files.
       evidence: what was measured, N rows.
-      judgement: what each check and each family of checks says.
+      judgement: the verdict of each check and each family of checks.
       source_rows: int [N], rows of the source that could be read.
       source: the images.
     """
@@ -99,9 +99,9 @@ def audit(
     replay: str = "",
     tell: Tell = _tell_nobody,
 ) -> Audit:
-    """Finds what is broken, mislabeled, poisoned or harmful in labeled images.
+    """Finds what is broken, mislabeled or poisoned in labeled images.
 
-    Nothing is changed, and nothing written but in `folder`.
+    Changes nothing, and writes only to `folder`.
 
     Args:
       images: a path or `Source` (see `data.readers.open_source`), or an array as
@@ -114,9 +114,9 @@ def audit(
         model holds them. It sees images of 32x32, and has a logit for each class, in the order of
         the classes' names.
       settings: what else decides the result.
-      decided: what people have said of images in an earlier report.
-      folder: the audit's; its `cache` makes a second run fast and a killed one go on. None for a
-        temporary one.
+      decided: people's decisions on images of an earlier report.
+      folder: of the audit; its `cache` makes a second run fast, and lets an interrupted one resume.
+        None for a temporary one.
       name: of the data, for the report.
       config: kept in the report, as JSON has it.
       replay: the command that repeats the audit, for the report.

@@ -1,4 +1,4 @@
-"""From verdicts to a report: one finding for an image, those to look at first in front."""
+"""From verdicts to a report: at most one finding per image, most urgent first."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -31,12 +31,11 @@ _ASKED = 12
 _SEVERITY: Mapping[Kind, Severity] = {
     "poison": "high",
     "shortcut": "high",
-    "harm": "high",
     "label": "medium",
     "copy": "low",
     "file": "low",
 }
-_KINDS: tuple[Kind, ...] = ("poison", "shortcut", "harm", "label", "copy", "file")
+_KINDS: tuple[Kind, ...] = ("poison", "shortcut", "label", "copy", "file")
 
 
 class Judgement(NamedTuple):
@@ -179,14 +178,13 @@ def report(
 
 
 def _in_order(judgement, all_kinds):
-    """Returns rows with a finding: by severity of the kind, then by p-value."""
+    """Returns rows with a finding: one image under two labels, then by severity and p-value."""
     rows = np.flatnonzero(all_kinds != "")
     p = np.min([family.p for family in judgement.families] or [np.ones(len(all_kinds))], axis=0)
-    # One image under two labels is as good as certain.
     by_rule = flagged_by_rule(judgement, "label")
-    if by_rule is not None:
-        p = np.where(by_rule, 0, p)
     rank = np.array([_KINDS.index(kind) for kind in all_kinds[rows]], int)
+    if by_rule is not None:
+        rank = np.where(by_rule[rows], -1, rank)
     return rows[np.lexsort((p[rows], rank))]
 
 
@@ -375,7 +373,7 @@ def advice(
         summary.append(f"{num_unreadable:,} files could not be read.")
     if bad or counts["poison"] >= max(1, 0.005 * len(evidence.labels)):
         return "quarantine", tuple(summary)
-    if any(counts[kind] for kind in ("poison", "harm", "label", "copy", "file")):
+    if any(counts[kind] for kind in ("poison", "label", "copy", "file")):
         return "review", tuple(summary)
     if not planted or 2 * found_of < planted:
         return "inconclusive", tuple(summary)
@@ -385,7 +383,6 @@ def advice(
 _NAMES: Mapping[Kind, str] = {
     "poison": "that look poisoned",
     "shortcut": "with a shortcut",
-    "harm": "that harm accuracy",
     "label": "that look mislabeled",
     "copy": "copies",
     "file": "out of place",

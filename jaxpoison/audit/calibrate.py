@@ -21,6 +21,9 @@ from scipy.special import expit, logit, ndtri
 
 LEAST = 8
 """Canaries that a model rests on, at the least."""
+LEAST_GAIN = 2.0
+"""What a share above 0 must gain in log-likelihood; with less, there may be no such image."""
+_LEAST_SHARE = 1e-6
 _DECAY = 0.02
 _STARTS = (0.0005, 0.02, 0.2)  # the likelihood can have several maxima in the share
 _BEFORE = (-5.0, 4.0)  # mean and standard deviation of logit(share), before any score is seen
@@ -34,6 +37,7 @@ class Model(NamedTuple):
       weights: float64 [J], not negative, of the normal scores.
       offset: of log(f1 / f0).
       share: estimated part of the images that has the fault, in (0, 1).
+      gain: by how much the logarithm of the likelihood is larger than with no share at all.
       thresholds: float64 [M], ascending values of the weighted sum.
       tail: float64 [M], share of honest images with at least this value, in (0, 1]; descending.
     """
@@ -42,6 +46,7 @@ class Model(NamedTuple):
     weights: np.ndarray
     offset: float
     share: float
+    gain: float
     thresholds: np.ndarray
     tail: np.ndarray
 
@@ -79,7 +84,7 @@ def fit(
     surroundings = references if among is None else np.sort(among, axis=1)
     ours, theirs = normal_scores(references, images), normal_scores(surroundings, canaries)
     known = np.full(images.shape[1], np.nan) if known is None else np.asarray(known, np.float64)
-    weights, offset, share = _maximum_likelihood(ours, theirs, known)
+    weights, offset, share, gain = _maximum_likelihood(ours, theirs, known)
     values = weights @ ours
     honest = 1 - expit(logit(share) + offset + values)
     honest = np.where(np.isnan(known), honest, known)
@@ -87,11 +92,11 @@ def fit(
     counts = np.bincount(place, honest, len(thresholds))
     tail = np.cumsum(counts[::-1])[::-1] / counts.sum()
     tail = np.clip(tail, 1 / (images.shape[1] + 1), 1)
-    return Model(references, weights, offset, share, thresholds, tail)
+    return Model(references, weights, offset, share, gain, thresholds, tail)
 
 
 def _maximum_likelihood(ours, theirs, known):
-    """Returns (weights [J], offset, share) of normal scores [J, N] and [J, C], known [N]."""
+    """Returns (weights [J], offset, share, gain) of normal scores [J, N] and [J, C], known [N]."""
     decided = ~np.isnan(known)
     judged, signs = ours[:, decided], np.where(known[decided] == 1, 1, -1)
     log_ratio_of_counts = np.log(theirs.shape[1] / ours.shape[1])
@@ -99,9 +104,10 @@ def _maximum_likelihood(ours, theirs, known):
     def loss(parameters):
         weights, offset, logit_share = parameters[:-2], parameters[-2], parameters[-1]
         share = expit(logit_share)
-        before = (logit_share - _BEFORE[0]) / _BEFORE[1]
-        value = 0.5 * before**2 + 0.5 * _DECAY * weights @ weights
-        slope = np.concatenate([_DECAY * weights, [0.0, before / _BEFORE[1]]])
+        value = _penalty(logit_share) + 0.5 * _DECAY * weights @ weights
+        slope = np.concatenate(
+            [_DECAY * weights, [0.0, (logit_share - _BEFORE[0]) / _BEFORE[1] ** 2]]
+        )
         for z, sign in ((ours, 1), (theirs, -1)):
             odds = offset + weights @ z
             honest = expit(-(logit_share + odds))  # (1 - share) f0 / f
@@ -120,19 +126,29 @@ def _maximum_likelihood(ours, theirs, known):
         return value, slope
 
     count = len(ours)
-    bounds = [(0, None)] * count + [(-60, 60), (logit(1e-6), logit(0.9))]
-    found = [
-        minimize(
-            loss,
-            np.concatenate([np.full(count, 1 / count), [-2.0, logit(start)]]),
-            jac=True,
-            bounds=bounds,
-            method="L-BFGS-B",
-        )
-        for start in _STARTS
-    ]
-    best = min(found, key=lambda result: result.fun).x
-    return best[:-2], float(best[-2]), float(expit(best[-1]))
+    least, most = logit(_LEAST_SHARE), logit(0.9)
+
+    def best(starts, highest):
+        bounds = [(0, None)] * count + [(-60, 60), (least, highest)]
+        found = [
+            minimize(
+                loss,
+                np.concatenate([np.full(count, 1 / count), [-2.0, start]]),
+                jac=True,
+                bounds=bounds,
+                method="L-BFGS-B",
+            )
+            for start in starts
+        ]
+        result = min(found, key=lambda result: result.fun)
+        return result.x, result.fun - _penalty(result.x[-1])
+
+    (_, without), (x, value) = best([least], least), best(logit(np.array(_STARTS)), most)
+    return x[:-2], float(x[-2]), float(expit(x[-1])), float(without - value)
+
+
+def _penalty(logit_share):
+    return 0.5 * ((logit_share - _BEFORE[0]) / _BEFORE[1]) ** 2
 
 
 def normal_scores(references: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -159,6 +175,11 @@ def p_values(model: Model, scores: np.ndarray) -> np.ndarray:
     # The largest threshold that is not above the value: between two, the larger tail.
     at = np.searchsorted(model.thresholds, values + 1e-9, side="right") - 1
     return np.where(at < 0, 1.0, model.tail[np.maximum(at, 0)])
+
+
+def q_values(model: Model, p: np.ndarray) -> np.ndarray:
+    """Returns `benjamini_hochberg(p)`; 1 where the data may well be without the fault."""
+    return benjamini_hochberg(p) if model.gain >= LEAST_GAIN else np.ones(np.shape(p))
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ def audit_parser() -> argparse.ArgumentParser:
     """Returns the parser of `jaxpoison audit`."""
     parser = argparse.ArgumentParser(
         prog="jaxpoison audit",
-        description="Find what is broken, mislabeled, poisoned or harmful in labeled images. "
+        description="Find what is broken, mislabeled or poisoned in labeled images. "
         "The data are never changed; everything is written to --out.",
     )
     parser.add_argument(

@@ -1,4 +1,10 @@
-"""Thresholds and power from canaries: which planted faults do these checks find on these data?"""
+"""Thresholds and power from canaries: which planted faults do these checks find on these data?
+
+Thresholds for the data come from canaries and from the data, see `calibrate`; figures of power from
+halves that judge each other, so that none is judged by itself. A check whose faults cannot be
+planted decides by a rule or flags nothing: a split of images into halves, without known faults,
+tells how often a score is exceeded by chance, and not which scores are those of faults.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -149,7 +155,7 @@ def _family(threat, checks, found, in_copy, planted, labels, known):
         p, share = calibrate.p_values(model, data[say]), model.share
         if known is not None:
             p = np.where(known == 0, 1 / (len(p) + 1), p)
-        q = calibrate.benjamini_hochberg(p)
+        q = calibrate.q_values(model, p)
         each = {of_threat[j]: _own(data[j], *(x[j] for x in planted_among)) for j in say}
     num_found, others_flagged = _power(copy, canaries, others)
     by_rule = _by_rule(threat, checks, in_copy)

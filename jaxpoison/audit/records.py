@@ -105,7 +105,7 @@ class CheckResult:
 
 @dataclasses.dataclass(frozen=True)
 class Conclusion:
-    """What a check says of the whole set (`verdict.Whole`).
+    """The conclusion of a check on the whole set (`verdict.Whole`).
 
     Attributes:
       check: name of the check.
@@ -277,7 +277,7 @@ class Finding:
 
     @property
     def open(self) -> bool:
-        """Whether it counts: nobody has overruled it or called the image fine."""
+        """Whether it counts: it was not overruled, and the image was not called fine."""
         return self.decision in (None, "confirmed")
 
 
@@ -319,7 +319,7 @@ class Report:
       verdict: what to do with them, in a word.
       summary: sentences for people, the most important first.
       checks: all checks, those that did not run included.
-      findings: at most one for each image, those to look at first in front.
+      findings: at most one per image, most urgent first.
       problems: images that could not be read.
       wholes: conclusions on the whole set.
       power: what the audit finds of each threat, planted into a copy.

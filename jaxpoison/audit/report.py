@@ -26,7 +26,6 @@ _KIND_NAMES = {
     "label": ("Wrong label", "Wrong labels"),
     "poison": ("Suspected poison", "Suspected poisons"),
     "shortcut": ("Shortcut", "Shortcuts"),
-    "harm": ("Harmful", "Harmful images"),
 }
 _RANKS = {"high": 3, "medium": 2, "low": 1}
 _MOST_CLASSES = 50

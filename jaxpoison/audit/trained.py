@@ -107,7 +107,7 @@ def train(
       num_classes: K.
       seed: of initial weights, order and augmentation.
       epochs: E; None for what suits N, see `recipe_for`.
-      folder: where to keep checkpoints, so that a killed training goes on; None for nowhere.
+      folder: where to keep checkpoints, so that an interrupted training resumes; None for nowhere.
       progress: called after each epoch as `progress(finished epochs, E)`.
 
     Raises:
@@ -172,7 +172,7 @@ def checked(model: Any, variables: Any, num_classes: int) -> tuple[Network, Any]
 
 
 def of_network(model: Any, variables: Any, images: np.ndarray, labels: np.ndarray) -> Training:
-    """Returns what a network that was trained elsewhere says of each image, as of one epoch.
+    """Returns the outputs of a network trained elsewhere for each image, as of one epoch.
 
     Args:
       model: a `Network`, or what `network.as_network` takes.

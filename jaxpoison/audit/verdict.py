@@ -1,4 +1,4 @@
-"""What a check says: a score for each image, and sometimes one conclusion on the whole set."""
+"""The verdict of a check: a score for each image, and sometimes one conclusion on the whole set."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxpoison.audit.evidence import Evidence
 
-Kind = Literal["file", "copy", "label", "poison", "shortcut", "harm"]
+Kind = Literal["file", "copy", "label", "poison", "shortcut"]
 
 
 class Whole(NamedTuple):

@@ -121,7 +121,7 @@ def worth(
     other half measured on, in turns.
 
     Args:
-      images: uint8 [N, S, S, 3] in 0..255, S at least 16; of more than 10,000, so many are drawn.
+      images: uint8 [N, S, S, 3] in 0..255, S at least 16; 10,000 are drawn if there are more.
       labels: int32 [N], in [0, K).
       trusted: images of the same size whose labels are right (a `Dataset`, or anything with its
         `images` and `labels`), to measure on; up to 2,000 are. None holds out a fifth of the images
@@ -131,7 +131,7 @@ def worth(
       seed: of the first training, and of what is drawn.
       num_seeds: trainings for each remedy, at least 2; None for 3, of at most 1,000 images 5.
       epochs: passes over the images; None for 5, of small sets for 150 batches of 64.
-      folder: where to keep `worth.npz`, from which a killed run goes on; None for nowhere.
+      folder: where to keep `worth.npz`, from which an interrupted run resumes; None for nowhere.
       progress: called after each training as `progress(finished, all)`.
 
     Raises:

@@ -182,7 +182,7 @@ def count_examples(batch: Batch, name: str) -> int:
 
     Raises:
       ValueError: if there is no array, no example, or no common leading axis.
-      TypeError: for leaves that are no arrays.
+      TypeError: for leaves that are not arrays.
     """
     if isinstance(batch, Iterator):
         raise TypeError(

@@ -43,7 +43,7 @@ def shard_examples(tree: Tree, mesh: Mesh) -> Tree:
     Every process has the whole of `tree`, and places its own devices' part; see `join_examples`.
 
     Raises:
-      ValueError: if a leading axis does not divide by the number of devices, or processes hold
+      ValueError: if a leading axis is not divisible by the number of devices, or processes hold
         different values.
     """
     for leaf in jax.tree.leaves(tree):
@@ -60,7 +60,7 @@ def join_examples(local: Tree, mesh: Mesh) -> Tree:
       mesh: devices of all processes, in the order of `data_mesh()`.
 
     Raises:
-      ValueError: if a leading axis does not divide by the number of this process's devices.
+      ValueError: if a leading axis is not divisible by the number of this process's devices.
     """
     sharding = NamedSharding(mesh, PartitionSpec(EXAMPLES))
     for leaf in jax.tree.leaves(local):

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def require(module: str, *, extra: str, otherwise: str = "") -> Any:
-    """Returns the imported `module`, or says which extra of jaxpoison brings it.
+    """Returns the imported `module`, or raises an error that names the extra that provides it.
 
     Args:
       module: dotted name, such as "matplotlib.pyplot".

@@ -33,7 +33,7 @@ def scan(step: Step) -> Callable[..., tuple[Any, Any]]:
     Returns:
       A compiled function of `constants` (any pytree, the same at every step), `carry` (donated:
       its buffers are gone after the call) and `xs` (leading axis: steps). `ys` are stacked along
-      a new leading axis. With `length`, only so many steps are taken; another length does not
+      a new leading axis. With `length`, only that many steps are taken; another length does not
       compile again, as shorter `xs` would. `steps_from_host()` is asked at each call.
     """
 

@@ -33,7 +33,7 @@ def check_range(
       whole: whether it must be a whole number, of the type int.
 
     Raises:
-      TypeError: if it is no number, or no whole one. ValueError: if it is out of range or NaN.
+      TypeError: if it is not a number, or not whole. ValueError: if it is out of range or NaN.
     """
     value, owner = getattr(settings, name), type(settings).__name__
     kinds = (int,) if whole else (int, float)

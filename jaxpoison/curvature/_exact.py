@@ -82,7 +82,7 @@ def linear_head(params: Params, batch: Batch, weights: jax.Array) -> LinearMap:
     Args:
       params: `{"kernel": [d, K], "bias": [K]}`; "bias" may be missing.
       batch: features `[N, d]` and labels `[N]`, which H does not depend on: None will do. Labels
-        that are no classes are an error; under `jit` they make H NaN.
+        out of range are an error; under `jit` they make H NaN.
       weights: scalar or `[N]`.
 
     Raises:
@@ -114,7 +114,7 @@ def _linear_head_product(features, probabilities, weights, u):
 def with_l2(curvature: Curvature, strength: Any) -> Curvature:
     """Returns the curvature of the mean loss plus (strength / 2) ||theta||^2.
 
-    For parameters found by minimising such an objective; SGD with weight decay does, with the
+    For parameters found by minimizing such an objective; SGD with weight decay does, with the
     decay for strength. Decay on all parameters alike is `damping`; this is for decay on some.
 
     Args:

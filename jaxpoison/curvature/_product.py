@@ -145,7 +145,7 @@ def _weighted_product(curvature, params, batch, weights, chunk_size, axis_name):
 class _ChunkedProduct:
     """A product that takes chunks one by one: in one loop, or driven from the host.
 
-    `on_host` says which for concrete u: whether a solver should call it as it is, uncompiled.
+    `on_host` tells, for concrete u, whether a solver should call it as it is, uncompiled.
     """
 
     def __init__(self, params, add, num_chunks, axis_name):

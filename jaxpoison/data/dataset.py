@@ -22,7 +22,7 @@ class Dataset(NamedTuple):
         images: uint8 [N, H, W, C] in 0..255, or float32 [N, H, W, C] in [0, 1].
         labels: int32 [N], each in [0, number of classes).
         ids: int32 [N], the row of each example in the set as collected, -1 for examples that a
-            defense has added. None where nobody keeps count; training numbers the rows itself.
+            defense has added. None if unknown; training then numbers the rows itself.
     """
 
     images: Any
@@ -97,11 +97,11 @@ def split(pool: Dataset, num_validation: int, seed: int) -> tuple[Dataset, Datas
 
 
 def as_dataset(value: Any, name: str = "training set") -> Dataset:
-    """Returns `value` as a `Dataset` of the right types; for the door of a public function.
+    """Returns `value` as a `Dataset` of the right types, or raises.
 
     Conversions lose nothing: labels as in `labels.as_class_numbers`; lists and stacks of images of
     one size to one array; floating point in [0, 1] to float32. Arrays that are right already are
-    not copied. What the values are is for `check` to look at.
+    not copied. The values themselves are checked by `check`.
 
     Args:
         value: a `Dataset`, a pair (images, labels), with ids a triple, or a set that knows its
@@ -128,7 +128,7 @@ def as_dataset(value: Any, name: str = "training set") -> Dataset:
 
 
 def check(dataset: Dataset, num_classes: int | None = None, name: str = "training set") -> None:
-    """Raises an error that names what is wrong with `dataset`, if something is.
+    """Raises an error that explains what is wrong with `dataset`, if anything is.
 
     Args:
         dataset: see `Dataset` for what is allowed.

@@ -34,7 +34,7 @@ def characteristic_filter(
         network that is trained.
       variables: of the extractor, trained on data that is not under suspicion.
       trusted: clean examples, five of each class, for the centroids. Without them centroids are
-        those of the data, poisons included, and a warning says what that means.
+        those of the data, poisons included, and a warning explains the limit.
       mesh: devices to use; default all.
       **settings: arguments of `CharacteristicVectorFilter` by name, such as `settings`, `metric`,
         `gamma` and `margin`.

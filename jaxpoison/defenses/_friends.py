@@ -2,10 +2,10 @@
 
 Friendly noise is as large as it can be without moving the prediction of the current model:
 
-    minimise over e:   KL(p(x) || p(clip(x + e, 0, 1))) - friendliness * mean(e^2),   |e| <= zeta
+    minimize over e:   KL(p(x) || p(clip(x + e, 0, 1))) - friendliness * mean(e^2),   |e| <= zeta
 
 by SGD with momentum, once, before one epoch. It is then part of the training set, and random noise
-is added afresh at every step from the first epoch on. As in the authors' code, the size enters as a
+is redrawn at every step from the first epoch on. As in the authors' code, the size enters as a
 mean of squares over all elements, not as the norm that the paper prints.
 
 Cost: `num_steps` forward and backward passes to the pixels over the training set, once.

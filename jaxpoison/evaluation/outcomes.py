@@ -74,8 +74,8 @@ def scratch_outcome(
 ) -> ScratchOutcome:
     """Returns the predictions for the targets by networks trained on the poisoned sets.
 
-    One after another, by `training.fit`, each from new weights. The key must be none that a
-    surrogate was trained with.
+    One after another, by `training.fit`, each from new weights. The key must differ from those
+    that surrogates were trained with.
 
     Args:
       key: PRNG key; a victim's own follows from it and the id of the target, so that two defenses
@@ -131,8 +131,8 @@ def transfer_outcome(
 ) -> Outcome:
     """Returns the predictions for the targets by heads trained on the poisoned sets.
 
-    Images that several sets share, as they share the clean ones, pass the extractor once. So to
-    compare filters, give every set once for each filter, and `keep` to match, in a single call.
+    Images that several sets share, such as the clean ones, pass through the extractor once. To
+    compare filters, pass every set once per filter, with a matching `keep`, in a single call.
 
     Args:
       key: PRNG key; a head's own follows from it and the id of the target, so that sets with the

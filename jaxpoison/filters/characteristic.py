@@ -75,9 +75,11 @@ class CharacteristicVectorFilter:
       **changes: settings by name, in place of those of `settings`: `gamma="last_3"`.
 
     Attributes:
-      classes_: [K] labels, ascending. centroids_: the `Centroids`. layer_weights_: float32 [l].
-      covariance_: `Mahalanobis` where the metric is "maha". sample_indices_: int64, what
-      `fit_resample` kept.
+      classes_: [K] labels, ascending.
+      centroids_: the `Centroids`.
+      layer_weights_: float32 [l].
+      covariance_: `Mahalanobis` where the metric is "maha".
+      sample_indices_: int64, what `fit_resample` kept.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ class CharacteristicVectorFilter:
             class suffice.
 
         Raises:
-          TypeError: for examples without labels, or what is no network.
+          TypeError: for examples without labels, or something that is not a network.
           ValueError: for settings, examples, labels or activations that do not allow an answer.
         """
         return self._fit(inputs.chunks(X, y), self._runner(hasattr(X, "images")), trusted)
@@ -159,7 +161,7 @@ class CharacteristicVectorFilter:
         return self._fit(chunks, runner, trusted)._filter(chunks, runner)
 
     def fit_resample(self, X: Any, y: Any = None, trusted: Any = None) -> tuple[Any, Any]:
-        """Returns (X, y) without what was flagged; `sample_indices_` says what was kept."""
+        """Returns (X, y) without flagged examples; `sample_indices_` holds the kept rows."""
         chunks = inputs.chunks(X, y)
         if isinstance(chunks, Batches):
             raise TypeError("batches cannot be resampled: give arrays, or use filter")

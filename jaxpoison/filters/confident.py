@@ -13,7 +13,7 @@ def confident_learning(features: Any, y: Any, *, num_folds: int = 5, seed: int =
     """Flags what cleanlab calls label issues, by out-of-fold predictions of a linear head.
 
     Northcutt et al. 2021 (arXiv 1911.00068): `cleanlab.filter.find_label_issues`. The score is the
-    largest probability of another label less that of the own. Poisons with clean labels are
+    largest probability of another label minus that of its own. Poisons with clean labels are
     meant to fit, so little should be expected of this. Its logistic regression takes time in
     proportion to N K d.
 

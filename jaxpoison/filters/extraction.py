@@ -100,16 +100,16 @@ def apply_and_extract(
 ) -> tuple[Any, CharVec]:
     """Returns (output of the network, characteristic vectors), in one forward pass.
 
-    Put `jit` around this function, never inside: a function that was compiled before knows
-    nothing of the interceptor. A `mask` that a layer is called with (padded sequences) is
-    honored. Models that merge the axis of examples with another one are run under `vmap`.
+    Put `jit` around this function, never inside: the interceptor does not reach a function that
+    is already compiled. A `mask` that a layer is called with (padded sequences) is honored. Models
+    that merge the axis of examples with another one are run under `vmap`.
 
     Args:
       model: any Flax Linen module, NNX module, or `network.Network` made from one; it is not
-        changed. NNX modules and networks are told by themselves to run in evaluation mode.
+        changed. NNX modules and networks are run in evaluation mode automatically.
       variables: what `model.apply` takes; for NNX and networks, what the network takes.
       x: N examples, an array [N, ...] or a pytree of them.
-      predicate: `predicate(layer)` says at which layers to measure. For a network without
+      predicate: `predicate(layer)` selects the layers to measure. For a network without
         BatchNorm, e.g. `lambda layer: isinstance(layer, nn.LayerNorm)`. Channels are the layer's
         `axis` (default: the last).
       stats: "input" measures layer inputs in evaluation mode. "self", for ablations, lets each
@@ -278,7 +278,7 @@ def _train_on_one(next_fn, args, kwargs, layer):
     """Returns (output, statistics) of a BatchNorm in training mode that sees one example.
 
     Its update is `momentum * old + (1 - momentum) * statistics`; old is set to 0, for subtracting
-    it would lose digits (1e-4 at momentum .999).
+    it would lose digits (1e-4 at momentum 0.999).
     """
     if not isinstance(layer, nn.BatchNorm) or layer.momentum == 1 or layer.axis_name is not None:
         raise ValueError(

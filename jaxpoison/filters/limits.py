@@ -11,8 +11,8 @@ def detectable_shift(poison_share: float) -> float:
     Derived for mean centroids, Euclidean distance and poisons that all moved a share s of the way
     from the centroid of their class to that of the target's. With a share p of the class poisoned,
     its centroid has moved s p of the way, so the poisons are s (1 - p) away from it and 1 - s away
-    from the target's: they are nearer to the latter iff s > 1 / (2 - p). At p = .1, .5 and .8 that
-    is .53, .67 and .83; at p = 1 nothing is flagged. With trusted examples p is 0.
+    from the target's: they are nearer to the latter iff s > 1 / (2 - p). At p = 0.1, 0.5 and 0.8
+    that is 0.53, 0.67 and 0.83; at p = 1 nothing is flagged. With trusted examples p is 0.
 
     Args:
       poison_share: p, share of poisons among the examples labeled as their class, in [0, 1].

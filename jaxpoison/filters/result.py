@@ -216,7 +216,7 @@ def warn_of_emptied_classes(result: FilterResult) -> None:
 def top_of_each_class(score: np.ndarray, labels: np.ndarray, share: float) -> np.ndarray:
     """Returns the floor(share * n_y) highest scores of each class, bool [N], but never all."""
     counts = np.bincount(labels)
-    # Products such as .15 * 20 may land just below the integer that is meant.
+    # Products such as 0.15 * 20 may land just below the integer that is meant.
     drop = np.minimum(np.floor(share * counts + 1e-9).astype(int), counts - 1)
     order = np.lexsort((-score, labels))
     rank = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[order]]

@@ -97,7 +97,7 @@ class FilterSettings:
         """Returns these settings with some changed.
 
         Raises:
-          TypeError: for a name that is no setting.
+          TypeError: for an unknown name.
         """
         names = [field.name for field in dataclasses.fields(self)]
         unknown = changes.keys() - set(names)

@@ -1,4 +1,4 @@
-"""A network for 32x32 color images that trains to over 90 % in minutes, on a CPU too.
+"""A network for 32x32 color images that trains to over 90% in minutes, on a CPU too.
 
 Few wide layers: that is where convolutions come closest to the arithmetic that a processor can do.
 Whitened patches, identity-like initial kernels, max-pooling right after the first convolution of a
@@ -89,7 +89,7 @@ def fast_cnn(
 ) -> Classifier:
     """Returns the network, for 32x32 color images; pixels normalized by CIFAR-10's statistics.
 
-    Made for the recipe `training.FAST`. Other sizes of images must leave a pixel at the end: each
+    Made for the recipe `training.FAST`. Images of other sizes must leave at least one pixel: each
     stage halves the resolution, rounded down.
 
     Args:

@@ -160,7 +160,7 @@ def _kernel_gradient(x, g, window):
 def _few_patches(window, channels):
     """Returns whether patches are as fast as XLA's own kernels, which are slow in loops.
 
-    Up to 4 copies of each pixel cost about 5 % more than XLA outside of loops: 3x3 of stride 2,
+    Up to 4 copies of each pixel cost about 5% more than XLA outside of loops: 3x3 of stride 2,
     1x1, 2x2. For 3x3 of stride 1 it is 9 copies, the memory with it, and whole networks train 1.4
     times slower; there patches are for one to three channels.
     """

@@ -17,7 +17,7 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def bias_init(fan_in: int):
-    """Returns the initialiser of a bias that follows weights with `fan_in` inputs."""
+    """Returns the initializer of a bias that follows weights with `fan_in` inputs."""
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -bound, bound

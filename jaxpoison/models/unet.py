@@ -22,11 +22,11 @@ class DoubleConv(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down by 2x2 averages, up by bilinear interpolation, beside what came down at each size.
+    """Down by 2x2 averages, up by bilinear interpolation, with a skip connection at each size.
 
     Attributes:
       widths: channels at each size, the image's own first; each next size is half the one before,
-        so height and width must divide by 2^(len(widths) - 1).
+        so height and width must be divisible by 2^(len(widths) - 1).
     """
 
     widths: tuple[int, ...] = (64, 128, 256, 512)

@@ -75,7 +75,7 @@ def folded_over_set(
     batch_size: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """Returns `run(constants, carry, xs) -> (carry, ys)`: as `over_set`, with sums on the way.
+    """Returns `run(constants, carry, xs) -> (carry, ys)`: `over_set` with a carry between batches.
 
     `fn` is `fn(*static, constants, carry, batch, present)`, see `loops.fold_batches`.
     """

@@ -17,7 +17,7 @@ solver, not a walk back through the iterations. Outside `jit`, on CPU, the host 
 
 Many right-hand sides are a `jax.vmap` over `rhs` (or over the groups of `influence.group_ihvp`):
 products are then taken for all of them together, and what does not depend on `rhs`, such as a
-factorisation or a sketch, is computed once. `spectrum` tells which damping and scale make sense.
+factorization or a sketch, is computed once. `spectrum` shows which damping and scale make sense.
 """
 
 from jaxpoison.solvers._cg import cg as cg

@@ -121,7 +121,7 @@ def sketch(
 
     rows = loop.map(column, device_local(test.T, flat), min(columns_at_once, rank))
     image = rows.T
-    # A small multiple of the identity, taken off again below, keeps the factorisation definite.
+    # A small multiple of the identity, taken off again below, keeps the factorization definite.
     eps = jnp.finfo(flat.dtype).eps
     shift = jnp.sqrt(jnp.asarray(flat.size, flat.dtype)) * eps * jnp.linalg.norm(image)
     shift = jnp.maximum(shift, jnp.finfo(flat.dtype).tiny)

@@ -76,7 +76,7 @@ class Solution(NamedTuple):
         return self.status <= int(Status.NOISY)
 
     def describe(self) -> str:
-        """Returns what happened and what to change, in words; outside `jit`.
+        """Describes what happened and what to change; outside `jit`.
 
         Of several systems (under `vmap`) it describes the worst.
         """
@@ -117,7 +117,7 @@ class Solver(Protocol):
 
 
 class DivergedError(RuntimeError):
-    """A solution that must not be used; the message says what to change."""
+    """A solution that must not be used; the message gives advice."""
 
 
 def identity() -> Solver:

@@ -2,7 +2,7 @@
 
 On an accelerator an epoch is one compiled scan; on CPU the same step is driven from the host
 (`core.loops`). All randomness comes from one key, folded with the epoch for the order of the
-examples and with the step for augmentation, so a resumed run repeats what the killed one would
+examples and with the step for augmentation, so a resumed run repeats what the interrupted one would
 have done.
 """
 
@@ -76,9 +76,9 @@ def fit(
         device once.
       key: typed PRNG key; initial weights, order, augmentation and the defense follow from it.
       test: if given, accuracy on it is reported after each epoch; nothing is chosen by it.
-      defense: what to do against poisons; default nothing.
-      transfer: if given, the head is trained on this extractor, and of that only what it names.
-      mesh: devices to use; default all. The batch size must divide by their number.
+      defense: applied while training; default none.
+      transfer: if given, the head is trained on this extractor, with the parts that it names.
+      mesh: devices to use; default all. The batch size must be divisible by their number.
       checkpoints: if given, the run continues from the newest one and saves as it goes.
       report: called after each epoch as `report(epoch, metrics)`, epochs counted from 0. Metrics
         are floats (`loss`, `train_accuracy`, `test_accuracy`, `seconds` of training,

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run in a folder (Orbax): a killed run goes on where it was."""
+"""Checkpoints of a training run in a folder (Orbax): an interrupted run resumes where it was."""
 
 import hashlib
 import os
@@ -25,7 +25,7 @@ class Checkpoints:
     Args:
       folder: where checkpoints live; made if missing. `~` stands for the home folder.
       every: epochs from one checkpoint to the next.
-      identity: text that says which run this is, e.g. its configuration. A folder that holds
+      identity: text that identifies the run, e.g. its configuration. A folder that holds
         another run's checkpoints is an error, never continued from.
 
     Raises:

@@ -86,7 +86,7 @@ def fit_head(
 
     Raises:
       ValueError: if features, labels and `keep` do not fit each other, or (outside `jit`) a label
-        is no class number.
+        is not a class number.
     """
     features, labels, keep = _checked(features, labels, keep, num_classes)
     init_key, order_key = jax.random.split(key)

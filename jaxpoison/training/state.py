@@ -17,8 +17,8 @@ class TrainState(NamedTuple):
       step: finished steps, int32, shape ().
       params: parameters of the network; `{"body": ..., "head": {"kernel": [d,K], "bias": [K]}}` for
         the classifiers of `models`.
-      batch_stats: running means and variances of the BatchNorm layers; of a Flax NNX model all
-        that is no parameter.
+      batch_stats: running means and variances of the BatchNorm layers; for a Flax NNX model,
+        everything that is not a parameter.
       opt_state: state of the optax optimizer.
     """
 

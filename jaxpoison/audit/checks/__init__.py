@@ -7,10 +7,8 @@ from jaxpoison.audit.checks import (
     confident,
     copies,
     crosslabel,
-    density,
     early,
     foreign,
-    harm,
     layers,
     margins,
     neighbors,
@@ -40,8 +38,6 @@ CHECKS: tuple[Check, ...] = (
     spectral.CHECK,
     clustering.CHECK,
     noise.CHECK,
-    density.CHECK,
     early.CHECK,
-    harm.CHECK,
 )
 """All checks."""

@@ -1,4 +1,4 @@
-"""Shortcuts: can a linear classifier of fine detail tell the classes, where detail says little?"""
+"""Shortcuts: can a linear classifier tell classes by fine detail, which should say little?"""
 
 import io
 import math

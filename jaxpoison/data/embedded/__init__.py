@@ -3,7 +3,7 @@
 Enough to try every part of the library without a network or a download; not enough to
 reproduce published numbers. Each part of a data set is one sheet, `<name>-<part>.webp`, on which
 the images stand in rows of `COLUMNS`; `<name>-labels.npz` holds their labels and their indices in
-the full set. `make.py` writes the files, README.md says where the images come from.
+the full set. `make.py` writes the files, README.md describes where the images come from.
 """
 
 import importlib.resources

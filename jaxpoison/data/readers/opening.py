@@ -31,6 +31,7 @@ def open_source(
 
     Args:
         path: one of
+
             - a folder with a folder for each class: PNG, JPEG, WebP, BMP, GIF (first frame) and
               TIFF, known by their extension;
             - a folder with such folders named train, val or test;
@@ -40,6 +41,7 @@ def open_source(
             - a folder of Parquet files;
             - a folder that `save_to_disk` of Hugging Face's datasets has written;
             - a folder of tensorflow-datasets in array_record format.
+
             `~` stands for the home folder.
         split: the part to read, such as "train"; needed only where there are several.
         root: for tables, the folder that paths are relative to; by default that of the table.
@@ -50,9 +52,9 @@ def open_source(
     Raises:
         FileNotFoundError: if there is nothing.
         PermissionError: if it may not be read.
-        ValueError: for what is none of these, is damaged as a whole, has no readable image, lacks a
-            column, or where `split` is needed; the message says what was found.
-        TypeError: for a split that is no text.
+        ValueError: for a path that is none of these, is damaged as a whole, has no readable image,
+            lacks a column, or where `split` is needed; the message says what was found.
+        TypeError: for a split that is not a string.
         ImportError: for Parquet, Hugging Face or tensorflow-datasets, if the extra is missing.
     """
     check_count(max_pixels=max_pixels)

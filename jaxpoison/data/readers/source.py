@@ -76,10 +76,10 @@ class Source:
     """N labeled images in K classes, read from the disk in passes; `open_source` makes one.
 
     Attributes:
-        ids: N different texts: the path below the opened folder, with `/`, or `row 12`, from 0.
-            They can be printed: see `contents.display_name`.
+        ids: N distinct strings: the path below the opened folder, with `/`, or `row 12`, from 0;
+            always printable.
         labels: int32 [N] in [0, K).
-        class_names: K different texts.
+        class_names: K distinct strings.
         readable: bool [N], False for images that a pass could not read.
         sizes: int32 [N, 2], height and width, 0 until a pass has read the image.
         kind: what was opened, for people, such as "class folders".
@@ -126,7 +126,7 @@ class Source:
                 labels themselves.
 
         Raises:
-            TypeError: for what is no array.
+            TypeError: for anything but an array.
             ValueError: for channels first, other dtypes, floats mostly out of range, labels that
                 are missing or negative, or lengths that differ.
         """
@@ -242,7 +242,7 @@ class Source:
             most: the longer side is at most this long; None for full size.
 
         Raises:
-            IndexError: for a row that is none.
+            IndexError: for a row that does not exist.
             Unreadable: a ValueError, if it cannot be read.
         """
         if not 0 <= row < len(self.ids):
