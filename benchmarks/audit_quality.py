@@ -101,7 +101,9 @@ def load(name: str, options: argparse.Namespace) -> tuple[Case, Dataset]:
     import tensorflow_datasets as tfds
 
     folder = newest_version(Path(options.data_dir) / name)
-    source = tfds.builder_from_directory(folder).as_data_source()
+    if folder is None:
+        raise SystemExit(f"--data-dir: {options.data_dir} has no {name} as tensorflow-datasets keep it")
+    source: Any = tfds.builder_from_directory(folder).as_data_source()
     records = source["train"]
     order = np.random.default_rng(options.seed).permutation(len(records))
     count = len(order) - SPARE if options.full else options.images

@@ -9,8 +9,10 @@ IN holds `labels` [N], `embedding` [N, D] of the foreign witness, its out-of-sam
 image, higher for worse, under the detector's name, or no entry where a package is absent.
 """
 
+import importlib
 import sys
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +30,12 @@ def main(source: str, target: str) -> None:
 
 def datalab(labels, embedding, probabilities, **_) -> dict[str, np.ndarray]:
     """Returns scores of Datalab's checks of labels and of outliers."""
-    from cleanlab import Datalab
+    datalab = importlib.import_module("cleanlab").Datalab
 
     # It wants every class to have examples.
     present, labels = np.unique(labels, return_inverse=True)
     probabilities = probabilities[:, present].astype(float)
-    lab = Datalab({"label": labels}, label_name="label", verbosity=0)
+    lab = datalab({"label": labels}, label_name="label", verbosity=0)
     lab.find_issues(
         pred_probs=probabilities / probabilities.sum(axis=1, keepdims=True),
         features=np.asarray(embedding, float),
@@ -47,11 +49,14 @@ def datalab(labels, embedding, probabilities, **_) -> dict[str, np.ndarray]:
 
 def art(labels, features, probabilities, **_) -> dict[str, np.ndarray]:
     """Returns spectral signatures' scores, and 1 for what activation clustering calls poison."""
-    from art.defences.detector.poison import ActivationDefence, SpectralSignatureDefense
-    from art.estimators import BaseEstimator, NeuralNetworkMixin
-    from art.estimators.classification import ClassifierMixin
+    poison = importlib.import_module("art.defences.detector.poison")
+    estimators = importlib.import_module("art.estimators")
+    classification = importlib.import_module("art.estimators.classification")
+    bases: Any = (
+        classification.ClassifierMixin, estimators.NeuralNetworkMixin, estimators.BaseEstimator
+    )  # fmt: skip
 
-    class Known(ClassifierMixin, NeuralNetworkMixin, BaseEstimator):
+    class Known(*bases):
         """A classifier of which the last layer's activations are known; its inputs are rows."""
 
         layer_names = ("features",)
@@ -72,10 +77,10 @@ def art(labels, features, probabilities, **_) -> dict[str, np.ndarray]:
 
     rows, onehot = np.arange(len(labels))[:, None], np.eye(probabilities.shape[1])[labels]
     # A share of 1 makes it report a score for every image.
-    spectral = SpectralSignatureDefense(Known(), rows, onehot, expected_pp_poison=1.0)
+    spectral = poison.SpectralSignatureDefense(Known(), rows, onehot, expected_pp_poison=1.0)
     report, _ = spectral.detect_poison()
     scores = np.array([report.get(row, -np.inf) for row in range(len(labels))])
-    clustered = ActivationDefence(Known(), rows, onehot)
+    clustered = poison.ActivationDefence(Known(), rows, onehot)
     _, clean = clustered.detect_poison(nb_clusters=2, nb_dims=10, reduce="PCA")
     return {"ART, spectral signatures": scores, "ART, activation clustering": 1.0 - np.array(clean)}
 

@@ -164,10 +164,13 @@ def test_canaries_are_what_they_are_called(images, evidence, planted):
     target = np.bincount(old).argmax()
     for name in ("patch", "blend"):
         assert np.all(new[rows[name]] == target) and np.all(old[rows[name]] != target)
-    corner = copy.images[rows["patch"]][:, 28:31, 28:31]
+    corner = copy.images[rows["patch"][::3]][:, 28:31, 28:31]
     assert np.all(corner == np.where(np.indices((3, 3)).sum(0) % 2 == 0, 255, 0)[..., None])
+    colored = copy.images[rows["patch"][1::3]][:, 1:4, 28:31]
+    assert len(np.unique(colored.reshape(-1, 3), axis=0)) == 1
     moved = np.abs(np.int32(copy.images[rows["patch"]]) - evidence.images[rows["patch"]])
-    assert moved[:, :28].max() == 0
+    assert moved[:, 4:28].max() == moved[:, :, :1].max() == 0
+    assert (moved > 0).any(axis=(1, 2, 3)).all()
     blended = np.abs(np.int32(copy.images[rows["blend"]]) - evidence.images[rows["blend"]])
     assert blended.mean() > 5 and blended.max() <= 0.15 * 255 + 1
     # A copy is the same as an image of another class, to the last bit and in all evidence.

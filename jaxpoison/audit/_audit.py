@@ -373,13 +373,14 @@ def _judged(stage, evidence, copy, decided):
         for place, check in enumerate(CHECKS):
             results[check.name] = check.score(each)
             stage.tell(f"Checks{which}", place + 1, len(CHECKS))
-    families = power.families(CHECKS, *found.values(), copy, labels=evidence.labels)
+    judge = functools.partial(
+        power.families, CHECKS, found[""], found[" of the copy"], copy, labels=evidence.labels
+    )
+    families = judge()
     judgement = assemble.Judgement(CHECKS, found[""], families)
     if decided is not None and decided.decisions:
         known = assemble.known(judgement, evidence.ids, decided)
-        families = power.families(
-            CHECKS, *found.values(), copy, labels=evidence.labels, known=known
-        )
+        families = judge(known=known)
     return judgement._replace(families=families)
 
 

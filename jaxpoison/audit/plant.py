@@ -269,14 +269,23 @@ def _of_other_classes(random, labels, own):
 
 
 def _patch(case, images):
-    """A checkered square of 3/32 of the side, in the lower right corner."""
+    """Squares of 3/32 of the side in corners: checkered, of one color, of random pixels.
+
+    A third of the images each. A trigger that is in fewer images is learned later and leaves
+    fainter traces, and nobody knows what the trigger in the data looks like.
+    """
     size = images.shape[1]
     cell = max(1, size // 32)
-    board = np.indices((3, 3)).sum(0) % 2 == 0
-    square = np.kron(board, np.ones((cell, cell), bool))[..., None]
-    side = len(square)
+    board = 255 * (np.indices((3, 3)).sum(0) % 2 == 0)
+    color, noise = case.random.integers(0, 256, (1, 1, 3)), case.random.integers(0, 256, (3, 3, 3))
+    squares = [np.broadcast_to(x, (3, 3, 3)) for x in (board[..., None], color, noise)]
+    near, far = slice(cell, 4 * cell), slice(size - 4 * cell, size - cell)
     images = images.copy()
-    images[:, size - side - cell : size - cell, size - side - cell : size - cell] = 255 * square
+    for which, (square, place) in enumerate(
+        zip(squares, ((far, far), (near, far), (far, near)), strict=True)
+    ):
+        drawn = square.repeat(cell, 0).repeat(cell, 1).astype(np.uint8)
+        images[which::3, place[0], place[1]] = drawn
     return images, np.full(len(images), case.target)
 
 

@@ -151,7 +151,8 @@ def _family(threat, checks, found, in_copy, planted, labels, known):
     say = _with_a_say(copy[:, canaries], copy[:, others])
     if len(canaries) >= calibrate.LEAST and say:
         planted_among = copy[:, canaries], copy[:, others]
-        model = calibrate.fit(data[say], *(x[say] for x in planted_among), known)
+        planted_there, among = (x[say] for x in planted_among)
+        model = calibrate.fit(data[say], planted_there, among, known)
         p, share = calibrate.p_values(model, data[say]), model.share
         if known is not None:
             p = np.where(known == 0, 1 / (len(p) + 1), p)

@@ -39,7 +39,7 @@ def _of_planes(planes):
         np.log1p(np.abs(d).astype(np.float32)).mean(axis=(0, 2, 3))
         for d in (across, down, _second(across, 2))
     )
-    return sum(sizes) / np.float32(3)
+    return np.add.reduce(list(sizes)) / np.float32(3)
 
 
 def _second(values, axis):
