@@ -14,6 +14,7 @@ from jaxpoison import attacks, evaluation, models, solvers, training
 from jaxpoison import network as networks
 from jaxpoison.attacks.bullseye import bullseye
 from jaxpoison.attacks.collision import collision
+from jaxpoison.attacks.descent import projection
 from jaxpoison.attacks.head_matching import gradient_mismatch, head_gradient
 from jaxpoison.attacks.polytope import polytope, project_to_simplex, simplex_least_squares
 from jaxpoison.attacks.toolkit import mean_collision
@@ -215,6 +216,18 @@ def test_float_images_are_shipped_in_8_bits_within_the_budget():
     )  # fmt: skip
     np.testing.assert_array_equal(one.images[~one.is_poisoned], TRAIN.images[~one.is_poisoned])
     assert np.abs(one.images.astype(int) - TRAIN.images).max() == 25
+
+
+def test_crafting_stays_within_the_budget_and_the_range_of_pixels():
+    """Export would hide it: it moves what is outside back in, but not what was crafted against."""
+    rng = np.random.default_rng(0)
+    bases = np.float32(rng.random((4, 6, 6, 1)))
+    inside = np.asarray(projection(jnp.asarray(bases), EPSILON)(3 * rng.normal(size=bases.shape)))
+    assert inside.min() == 0 and inside.max() == 1
+    moved = np.abs(inside - bases)
+    np.testing.assert_allclose(moved.max(), EPSILON, rtol=1e-5)
+    near = np.float32(np.clip(bases + 0.5 * EPSILON, 0, 1))
+    np.testing.assert_allclose(projection(jnp.asarray(bases), EPSILON)(near), near, atol=1e-6)
 
 
 def test_quantize_stays_within_any_budget():
