@@ -102,7 +102,7 @@ def load(name: str, options: argparse.Namespace) -> tuple[Case, Dataset]:
 
     folder = newest_version(Path(options.data_dir) / name)
     if folder is None:
-        raise SystemExit(f"--data-dir: {options.data_dir} has no {name} as tensorflow-datasets keep it")
+        raise SystemExit(f"--data-dir: {options.data_dir} has no {name} of tensorflow-datasets")
     source: Any = tfds.builder_from_directory(folder).as_data_source()
     records = source["train"]
     order = np.random.default_rng(options.seed).permutation(len(records))
