@@ -178,7 +178,7 @@ def tuned(
 
 def looks(recipe: Recipe) -> tuple[int, ...]:
     """Returns the numbers of epochs after which the network is looked at."""
-    return 1, recipe.epochs // 4, recipe.epochs
+    return tuple(sorted({1, max(1, recipe.epochs // 4), recipe.epochs}))
 
 
 def watched(
