@@ -114,7 +114,7 @@ def canaries(
       seed: of what is planted where.
 
     Returns:
-      None, C = 0, if there are fewer than 20 images, or one class.
+      The changes; none (C = 0) for too few images for one canary of each threat, or one class.
     """
     random = np.random.default_rng([seed, 15])
     mistakes = None if refusal(evidence) else _mistakes(evidence)
