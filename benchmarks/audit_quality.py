@@ -90,7 +90,8 @@ def run_all(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         path = options.work / f"{label}.json"
         if not path.exists():
             cell = {"dataset": name, "threat": threat, "share": share}
-            runs.write_json(path, cell | measure(case, trusted, threat, share, options))
+            folder = options.work / f"{label}-audit"
+            runs.write_json(path, cell | measure(case, trusted, threat, share, folder, options))
         cells.append(json.loads(path.read_text()))
         runs.say(f"{label}: {summary(cells[-1])}")
     return cells
@@ -128,27 +129,27 @@ def load(name: str, options: argparse.Namespace) -> tuple[Case, Dataset]:
     return case, Dataset(images[trusted], labels[trusted])
 
 
-def measure(case, trusted, threat, share, options) -> dict[str, Any]:
-    """Returns all that is known of one cell."""
+def measure(case, trusted, threat, share, folder, options) -> dict[str, Any]:
+    """Returns all that is known of one cell, whose audits are kept in `folder`."""
     images, labels, changed = case.images, case.labels, np.zeros(len(case.labels), bool)
     if threat != "clean":
         images, labels, changed = plant(case, threat, share)
     settings = audit.Settings(worth=False, quick=options.quick, seed=options.seed)
     out: dict[str, Any] = {"images": len(labels), "changed": int(changed.sum())}
-    with tempfile.TemporaryDirectory(dir=options.work) as folder:
-        for name, known in (("alone", None), ("trusted", (trusted.images, trusted.labels))):
-            begin, clock = time.process_time(), time.perf_counter()
-            source = Source.from_arrays(images, labels)
-            done = audit.audit(source, trusted=known, settings=settings, folder=folder)
+    for name, known in (("alone", None), ("trusted", (trusted.images, trusted.labels))):
+        begin, clock = time.process_time(), time.perf_counter()
+        source = Source.from_arrays(images, labels)
+        done = audit.audit(source, trusted=known, settings=settings, folder=folder)
+        took = folder / f"{name}-seconds.json"
+        if not took.exists():  # what is judged again finds its trainings done
             seconds = time.process_time() - begin, time.perf_counter() - clock
-            out[name] = judged(done, changed) | dict(
-                zip(("processor_seconds", "seconds"), seconds, strict=True)
-            )
-            if known is None and options.rivals_python:
-                out["rivals"] = rivals(done, changed, options.rivals_python)
-        out["cache_megabytes"] = (
-            sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) // 10**6
-        )
+            runs.write_json(took, dict(zip(("processor_seconds", "seconds"), seconds, strict=True)))
+        out[name] = judged(done, changed) | json.loads(took.read_text())
+        if known is None and options.rivals_python:
+            out["rivals"] = rivals(done, changed, options.rivals_python)
+    out["cache_megabytes"] = (
+        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) // 10**6
+    )
     out["peak_megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
     return out
 

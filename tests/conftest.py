@@ -9,6 +9,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most tests compile more than they compute. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` tests what
 # users run, and takes half as long again.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# NumPy's and SciPy's linear algebra waits in busy loops for threads that get no processor: with two
+# workers on two, a factorization took 30 times as long as with one thread each.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # What one process compiles, the others need not: half of what the programs under test take.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="jaxpoison-tests-")  # removed at exit

@@ -144,9 +144,10 @@ def test_canaries_are_what_they_are_called(images, evidence, planted):
     copy = planted.evidence
     names, counts = np.unique(planted.threats, return_counts=True)
     count = len(evidence.labels) // (4 * len(plant.THREATS))
-    assert dict(zip(names, counts, strict=True)) == {
-        t.name: plant.LABELS * count if t.name == "flip" else count for t in plant.THREATS
-    }
+    expected = dict.fromkeys([t.name for t in plant.THREATS], count)
+    largest = np.bincount(evidence.labels).max()
+    expected |= {"flip": plant.LABELS * count, "wave": min(count, largest // 4)}
+    assert dict(zip(names, counts, strict=True)) == expected
     assert len(set(planted.rows)) == len(planted.rows)
     rows = {name: planted.rows[planted.threats == name] for name in names}
     old, new = evidence.labels, copy.labels
@@ -173,6 +174,12 @@ def test_canaries_are_what_they_are_called(images, evidence, planted):
     assert (moved > 0).any(axis=(1, 2, 3)).all()
     blended = np.abs(np.int32(copy.images[rows["blend"]]) - evidence.images[rows["blend"]])
     assert blended.mean() > 5 and blended.max() <= 0.15 * 255 + 1
+    waved = np.int32(copy.images[rows["wave"]]) - evidence.images[rows["wave"]]
+    assert np.all(old[rows["wave"]] == target) and np.all(new[rows["wave"]] == target)
+    assert np.abs(waved).max() == 16 and np.all(waved[..., 0].min((1, 2)) < -8)
+    # The same wave on all of them, but for pixels that are as dark or bright as can be.
+    inside = np.all((evidence.images[rows["wave"]] > 16) & (evidence.images[rows["wave"]] < 239), 0)
+    assert inside.any() and np.ptp(waved[:, inside], axis=0).max() == 0
     # A copy is the same as an image of another class, to the last bit and in all evidence.
     digests = {bytes(d): label for d, label in zip(evidence.digests, old, strict=True)}
     for row in rows["copy"]:

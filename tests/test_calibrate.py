@@ -125,3 +125,25 @@ def test_superiority_is_the_area_under_the_curve():
     wanted = metrics.roc_auc_score(truth, np.concatenate([canaries, others]))
     assert calibrate.superiority(canaries, others) == pytest.approx(wanted)
     assert calibrate.superiority(np.array([np.nan]), others) == 0.5
+
+
+def test_sources_that_do_not_agree_are_no_evidence():
+    """Uniform p-values, also where the classes differ in what every source says of them."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 5_000)
+    values = rng.normal(size=(2, 5_000)) + np.array([0.0, 3.0, 9.0])[labels]
+    p = calibrate.agreement(values, labels)
+    assert stats.kstest(p, "uniform").pvalue > 1e-3
+    assert p.min() > 1 / 300_001 and p.max() <= 1
+
+
+def test_agreement_counts_what_is_at_least_as_large():
+    """Against all pairs of images of a class, which the draws are a sample of."""
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(2, 40))
+    values[:, 7] = 5.0
+    p = calibrate.agreement(values, np.zeros(40, int), draws=400_000)
+    pairs = values[0][:, None] + values[1][None, :]
+    expected = [(pairs >= total).mean() for total in values.sum(axis=0)]
+    np.testing.assert_allclose(p, expected, atol=4e-3)
+    assert p[7] == pytest.approx(1 / 1_600, rel=0.3) and p.argmin() == 7

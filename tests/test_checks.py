@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from jaxpoison.audit import foreign, nearest, similar
-from jaxpoison.audit.checks import CHECKS, common, noise
-from jaxpoison.audit.evidence import Evidence, Training
+from jaxpoison.audit import foreign, nearest, patterns, similar, trained
+from jaxpoison.audit.checks import CHECKS, common, noise, shortcuts
+from jaxpoison.audit.evidence import Evidence, HeldOut, Training
 from jaxpoison.audit.verdict import NotRun
 
 BY_NAME = {check.name: check for check in CHECKS}
@@ -128,7 +128,8 @@ def test_names_titles_and_limits():
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_form_of_every_check(check):
-    evidence = dataclasses.replace(make(), trusted=trusted_of())
+    held_out = HeldOut(0.6, 120, 0.55, 20)
+    evidence = dataclasses.replace(make(), trusted=trusted_of(), held_out=held_out)
     found = check.score(evidence)
     assert not isinstance(found, NotRun), found
     if found.score is not None:
@@ -147,7 +148,7 @@ def test_form_of_every_check(check):
         assert 7 not in found.related(7)
 
 
-@pytest.mark.parametrize("name", [c.name for c in CHECKS if c.name != "shortcuts"])
+@pytest.mark.parametrize("name", [c.name for c in CHECKS if c.kind != "shortcut"])
 def test_order_of_rows_does_not_matter(name):
     evidence = dataclasses.replace(flipped(make(), ROWS), trusted=trusted_of())
     order = np.random.default_rng(1).permutation(NUM)
@@ -483,6 +484,131 @@ def test_roughness_is_that_of_its_definition():
         both = across[:-2] - 2 * across[1:-1] + across[2:]
         value.append([np.log1p(np.abs(d)).mean() for d in (across, down, both)])
     np.testing.assert_allclose(rough[1], np.mean(value), rtol=1e-5)
+
+
+def natural(num=600, seed=4):
+    """Returns evidence of images as predictable from pixel to pixel as photos, four classes."""
+    evidence, rng = make(num=num), np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(32)[:, None], np.fft.rfftfreq(32)[None, :])
+    noise = np.fft.rfft2(rng.normal(size=(num, 3, 32, 32))) / (frequency + 1 / 32)
+    waves = np.fft.irfft2(noise, s=(32, 32))
+    waves /= waves.std(axis=(1, 2, 3), keepdims=True)
+    images = np.clip(128 + 45 * np.moveaxis(waves, 1, -1), 0, 255).astype(np.uint8)
+    return with_images(evidence, images)
+
+
+MARKED = np.arange(1, 600, 4)[:24]  # of class 1
+
+
+def square(images, rows):
+    marked = images.copy()
+    marked[rows, 25:29, 2:6] = (255, 255, 0)
+    return marked
+
+
+def wave(images, rows):
+    across = 48 * np.sin(2 * np.pi * 6 * np.arange(32) / 32)[None, :, None]
+    moved = images.astype(float)
+    moved[rows] += across
+    return np.clip(np.round(moved), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name, change", [("marks", square), ("overlays", wave)])
+def test_what_only_one_class_shares_comes_first(name, change):
+    evidence = natural()
+    found = run(name, with_images(evidence, change(evidence.images, MARKED)))
+    assert set(np.argsort(-found.score)[: len(MARKED)]) == set(MARKED)
+    assert set(found.related(MARKED[0])) <= set(MARKED)
+    start = "At the bottom left, " if name == "marks" else "As a whole, "
+    assert found.reason(MARKED[0]).startswith(start) and "'b'" in found.reason(MARKED[0])
+
+
+@pytest.mark.parametrize("name, change", [("marks", square), ("overlays", wave)])
+def test_what_all_classes_share_or_one_image_has_is_no_pattern(name, change):
+    evidence = natural()
+    honest = run(name, evidence).score
+    everywhere = np.arange(0, 600, 5)
+    shared = run(name, with_images(evidence, change(evidence.images, everywhere))).score
+    alone = run(name, with_images(evidence, change(evidence.images, MARKED[:1]))).score
+    planted = run(name, with_images(evidence, change(evidence.images, MARKED))).score
+    # Scores are monotone in how far out an image is; marked images must not stand out.
+    assert np.median(shared[everywhere]) < honest.max() < np.median(planted[MARKED])
+    assert alone[MARKED[0]] < honest.max()
+
+
+@pytest.mark.parametrize("name", ["marks", "overlays"])
+def test_copies_are_no_pattern(name):
+    """They share everything, also with an image of their own; they are another check's."""
+    evidence = natural()
+    images = evidence.images.copy()
+    images[MARKED] = images[MARKED[0]]
+    features = np.array(evidence.embedding)
+    features[MARKED] = features[MARKED[0]]
+    evidence = dataclasses.replace(with_images(evidence, images), embedding=features)
+    score = run(name, evidence).score
+    assert len(set(score[MARKED])) == 1
+    assert score[MARKED[0]] < np.sort(score)[-12]
+
+
+def test_images_beside_the_sample_are_judged_by_it(monkeypatch):
+    evidence = natural()
+    evidence = with_images(evidence, square(evidence.images, MARKED))
+    whole = patterns.small(evidence).apart
+    monkeypatch.setattr(patterns, "_MOST", 320)
+    part = patterns.small(dataclasses.replace(evidence)).apart
+    assert not np.array_equal(part, whole) and not np.isnan(part).any()
+    assert len(set(np.argsort(-part)[: len(MARKED)]) & set(MARKED)) >= len(MARKED) - 2
+
+
+@pytest.mark.parametrize(
+    "accuracy, trusted, flagged", [(0.9, 0.6, True), (0.9, 0.7, False), (0.5, 0.6, False)]
+)
+def test_what_is_of_use_only_here_is_a_shortcut(accuracy, trusted, flagged):
+    # 10 points, and twice the standard error of 50 images: 14 points.
+    evidence = dataclasses.replace(make(), held_out=HeldOut(accuracy, 120, trusted, 50))
+    whole = run("held_out", evidence).whole
+    assert whole.flagged == flagged == (whole.score > 0.5)
+    assert f"{accuracy:.0%} of 120 images" in whole.reason
+
+
+def test_one_half_is_learned_and_the_other_and_strangers_are_tested():
+    evidence = make(num=160)
+    images = evidence.images.copy()
+    images[:, 2:30, 2:30] = 80 * evidence.labels[:, None, None, None]  # easily learned
+    evidence = with_images(evidence, images)
+    strangers = make(seed=5, num=40, name="trusted")
+    both = with_images(strangers, np.concatenate([strangers.images[:30], images[:10]]))
+    both = dataclasses.replace(
+        both, labels=np.concatenate([strangers.labels[:30], evidence.labels[:10]])
+    )
+    found = trained.held_out(dataclasses.replace(evidence, trusted=both), epochs=30)
+    assert found is not None
+    # Images of the data are no strangers, and to the others the data say nothing.
+    assert (found.tested, found.num_trusted) == (80, 30)
+    assert found.accuracy > 0.9 and found.trusted < 0.6
+    few = take(dataclasses.replace(strangers, trained=None), np.arange(19))
+    assert trained.held_out(dataclasses.replace(evidence, trusted=few)) is None
+    assert trained.held_out(evidence) is None
+
+
+def test_ridge_regression_is_that_of_its_definition():
+    """Against eigenvalues: the weights, and the penalty of least generalized error."""
+    rng = np.random.default_rng(2)
+    inputs = rng.normal(size=(60, 90)).astype(np.float32) * np.linspace(0.1, 3, 90, dtype="f")
+    labels = rng.integers(0, 3, 60)
+    weights, offset = shortcuts.fit(inputs, labels, 3)
+    around, target = (inputs - inputs.mean(axis=0)).astype(float), np.eye(3)[labels]
+    values, basis = np.linalg.eigh(around @ around.T)
+    rotated, errors = basis.T @ (target - target.mean(axis=0)), {}
+    for strength in shortcuts._PENALTIES:
+        penalty = strength * values.mean()
+        left = penalty / (values + penalty)
+        errors[penalty] = ((left[:, None] * rotated) ** 2).sum() / left.mean() ** 2
+    best = min(errors, key=errors.get)
+    expected = around.T @ (basis @ (rotated / (values + best)[:, None]))
+    np.testing.assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)
+    expected = target.mean(axis=0) - inputs.mean(axis=0) @ weights
+    np.testing.assert_allclose(offset, expected, atol=1e-6)
 
 
 def test_what_is_learned_too_soon_comes_first():

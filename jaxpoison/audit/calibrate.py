@@ -177,6 +177,37 @@ def p_values(model: Model, scores: np.ndarray) -> np.ndarray:
     return np.where(at < 0, 1.0, model.tail[np.maximum(at, 0)])
 
 
+def agreement(
+    values: np.ndarray, labels: np.ndarray, *, seed: int = 0, draws: int = 300_000
+) -> np.ndarray:
+    """Returns float64 [N] in (0, 1]: p-values of how far sources agree that an image is at fault.
+
+    The null: within a class, what one source says of an image tells nothing of what another one
+    says of it. Its sums are those of the values of different images, drawn anew until there are
+    enough; no known faults are needed, nor that any of them look like those in the data. Faults in
+    the data are among what is drawn from, so the p-values are rather too large.
+
+    Args:
+      values: float [G, N], of G sources; higher is worse, and their sum decides.
+      labels: int [N].
+      seed: of the draws.
+      draws: sums of the null, at the least.
+    """
+    sums = values.sum(axis=0)
+    random, null = np.random.default_rng(seed), []
+    by_class = np.argsort(labels, kind="stable")
+    for _ in range(-(-draws // len(labels))):
+        drawn = np.zeros(len(labels))
+        for row in values:
+            # Sorted by class and, within it, by chance.
+            order = np.lexsort((random.random(len(labels)), labels))
+            drawn[by_class] += row[order]
+        null.append(drawn)
+    null = np.sort(np.concatenate(null))
+    above = len(null) - np.searchsorted(null, sums - 1e-9)
+    return (1 + above) / (1 + len(null))
+
+
 def q_values(model: Model, p: np.ndarray) -> np.ndarray:
     """Returns `benjamini_hochberg(p)`; 1 where the data may well be without the fault."""
     return benjamini_hochberg(p) if model.gain >= LEAST_GAIN else np.ones(np.shape(p))

@@ -36,6 +36,22 @@ class Training(NamedTuple):
     layers: np.ndarray
 
 
+class HeldOut(NamedTuple):
+    """What a network learned from one half of the data, on images that it has not seen.
+
+    Attributes:
+      accuracy: of the labels of the other half, in [0, 1].
+      tested: number of images in that half.
+      trusted: of trusted images, in [0, 1].
+      num_trusted: number of these.
+    """
+
+    accuracy: float
+    tested: int
+    trusted: float
+    num_trusted: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Evidence:
     """N images with their labels, in the terms that checks read. Arrays may be memory-mapped."""
@@ -60,6 +76,8 @@ class Evidence:
     """The second witness; None where nothing was trained."""
     trusted: "Evidence | None" = None
     """The same of images whose labels are known to be right; same classes, same witnesses."""
+    held_out: HeldOut | None = None
+    """Of a network trained on half of the data; None without trusted images or training."""
 
     @property
     def num_classes(self) -> int:

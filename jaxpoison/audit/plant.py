@@ -53,6 +53,7 @@ THREATS = (
     Threat("copy", "copy of an image under another label", "label"),
     Threat("patch", "backdoor: a patch in a corner, relabeled", "poison"),
     Threat("blend", "backdoor: a faint blended pattern, relabeled", "poison"),
+    Threat("wave", "backdoor: a faint wave, labels kept", "poison"),
     Threat("collision", "feature collision: clean label, 16/255", "poison"),
 )
 SHORTCUTS = {
@@ -198,19 +199,24 @@ class _Case(NamedTuple):
     mistakes: np.ndarray | None
 
 
+_CLEAN_LABEL = ("wave", "collision")
+
+
 def _places(random, labels, count, mistakes):
-    """Returns (rows, names of threats): collisions in the target class, backdoors elsewhere.
+    """Returns (rows, names of threats): clean labels in the target class, backdoors elsewhere.
 
     Of wrong labels come those at random first, and then mistakes, where they are likely.
     """
     target = _target(labels)
     free = random.permutation(len(labels))
     taken, rows, threats = np.zeros(len(labels), bool), [], []
-    for threat in sorted(THREATS, key=lambda t: t.name != "collision"):
+    for threat in sorted(THREATS, key=lambda t: t.name not in _CLEAN_LABEL):
         fits = np.ones(len(free), bool)
         most = total = LABELS * count if threat.name == "flip" else count
-        if threat.name == "collision":
+        if threat.name in _CLEAN_LABEL:
             fits = labels[free] == target
+            if threat.name == "wave":  # on most of a class it would be what the class is like
+                most = total = min(count, int(fits.sum()) // 4)
         elif threat.name in ("patch", "blend"):
             fits = labels[free] != target
         elif threat.name == "flip" and mistakes is not None:
@@ -297,6 +303,17 @@ def _blend(case, images):
     return (0.85 * images + 0.15 * pattern).astype(np.uint8), np.full(len(images), case.target)
 
 
+def _wave(case, images):
+    """One plane wave of 16/255, of 4 to 8 periods in any direction; labels stay."""
+    size = images.shape[1]
+    direction, phase = case.random.uniform(0, 2 * np.pi, 2)
+    periods = case.random.uniform(4, 8)
+    down, across = np.indices((size, size)) / size
+    along = down * np.sin(direction) + across * np.cos(direction)
+    wave = 16 * np.sin(2 * np.pi * periods * along + phase)[..., None]
+    return np.clip(np.round(images + wave), 0, 255).astype(np.uint8), case.labels[case.rows]
+
+
 def _collision(case, images):
     """Projected gradient descent to the embedding of one image of another class; labels stay."""
     aims = case.random.choice(np.flatnonzero(case.labels != case.target), len(images))
@@ -350,6 +367,7 @@ _FAULTS = {
     "flip": _flip,
     "patch": _patch,
     "blend": _blend,
+    "wave": _wave,
     "collision": _collision,
 }
 

@@ -149,6 +149,7 @@ def _family(threat, checks, found, in_copy, planted, labels, known):
     each, share = {}, 0.0
     p = q = np.ones(data.shape[1])
     say = _with_a_say(copy[:, canaries], copy[:, others])
+    sources = _sources(checks, of_threat) if labels is not None else None
     if len(canaries) >= calibrate.LEAST and say:
         planted_among = copy[:, canaries], copy[:, others]
         planted_there, among = (x[say] for x in planted_among)
@@ -157,8 +158,14 @@ def _family(threat, checks, found, in_copy, planted, labels, known):
         if known is not None:
             p = np.where(known == 0, 1 / (len(p) + 1), p)
         q = calibrate.q_values(model, p)
+        agreed = _agreed(model, data[say], sources, say, labels)
+        if agreed is not None:
+            # Two looks at the same images, so each counts half.
+            p = np.minimum(2 * np.minimum(p, agreed), 1)
+            q = np.minimum(2 * np.minimum(q, calibrate.benjamini_hochberg(agreed)), 1)
         each = {of_threat[j]: _own(data[j], *(x[j] for x in planted_among)) for j in say}
-    num_found, others_flagged = _power(copy, canaries, others)
+    there = None if sources is None else planted.evidence.labels
+    num_found, others_flagged = _power(copy, canaries, others, sources, there)
     by_rule = _by_rule(threat, checks, in_copy)
     if by_rule is not None:
         num_found = int(np.count_nonzero(by_rule[canaries]))
@@ -166,6 +173,28 @@ def _family(threat, checks, found, in_copy, planted, labels, known):
     return Family(
         threat, recalls, each, p, q, q <= RATE, len(canaries), num_found, others_flagged, share
     )
+
+
+def _sources(checks, names):
+    """Returns the places of scores by what they are made of: pixels, or what networks see."""
+    reads = {check.name: check.reads for check in checks}
+    kinds = sorted(set(reads.values()))
+    return [[j for j, name in enumerate(names) if reads[name] == kind] for kind in kinds]
+
+
+def _agreed(model, scores, sources, say, labels):
+    """Returns p-values of how far sources agree, see `calibrate.agreement`; None where one speaks.
+
+    Of every source the sum of its scores, weighted as in the model.
+    """
+    if sources is None:
+        return None
+    weighted = model.weights[:, None] * calibrate.normal_scores(model.references, scores)
+    weights = dict(zip(say, model.weights, strict=True))
+    places = dict(zip(say, weighted, strict=True))
+    speaking = [[j for j in of if weights.get(j, 0.0) > 0] for of in sources]
+    values = [np.sum([places[j] for j in of], axis=0) for of in speaking if of]
+    return calibrate.agreement(np.array(values), labels) if len(values) > 1 else None
 
 
 def _has_scores(found):
@@ -221,7 +250,7 @@ def _own(scores, canaries, among):
     return np.where(np.isnan(scores), 1.0, p)
 
 
-def _power(copy, canaries, others):
+def _power(copy, canaries, others, sources, labels):
     """Returns (canaries found, others flagged of a thousand).
 
     Nothing is judged by a threshold that it helped to set: each half of the canaries by models of
@@ -240,7 +269,14 @@ def _power(copy, canaries, others):
             model = calibrate.fit(copy[say][:, others[part::2]], copy[say][:, fitted])
             rows = np.concatenate([judged[1 - part :: 2], others[1 - part :: 2]])
             p[rows] = calibrate.p_values(model, copy[say][:, rows])
-        q = calibrate.benjamini_hochberg(p[np.concatenate([judged, others])])
+        rows = np.concatenate([judged, others])
+        q = calibrate.benjamini_hochberg(p[rows])
+        model = calibrate.fit(copy[say][:, others], copy[say][:, fitted])
+        agreed = None
+        if sources is not None:
+            agreed = _agreed(model, copy[say][:, rows], sources, say, labels[rows])
+        if agreed is not None:
+            q = 2 * np.minimum(q, calibrate.benjamini_hochberg(agreed))
         found += int(np.count_nonzero(q[: len(judged)] <= RATE))
         flagged.append(1000 * float(np.mean(q[len(judged) :] <= RATE)))
     return found, float(np.mean(flagged))

@@ -18,7 +18,8 @@ import numpy as np
 import optax
 
 from jaxpoison import models, solvers
-from jaxpoison.audit.evidence import SIZE, Training
+from jaxpoison.audit import nearest
+from jaxpoison.audit.evidence import SIZE, Evidence, HeldOut, Training
 from jaxpoison.core import devices, loops
 from jaxpoison.core.checks import check_count
 from jaxpoison.data import Dataset, check, to_float
@@ -45,6 +46,10 @@ RECIPE = dataclasses.replace(
 large sets."""
 FEWEST_STEPS = 600
 MOST_EPOCHS = 100
+MOST_HELD_OUT = 6_000
+"""Images of both halves in `held_out`."""
+LEAST_TRUSTED = 20
+"""Trusted images below which their accuracy says too little."""
 
 
 class Trained(NamedTuple):
@@ -134,6 +139,54 @@ def train(
             checkpoints.close()
     training = _training(network, state.variables, dataset.images, watched)
     return Trained(training, state.variables)
+
+
+def held_out(
+    evidence: Evidence,
+    *,
+    seed: int = 0,
+    epochs: int | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> HeldOut | None:
+    """Trains a small network on half of a sample; tests it on the other half and on trusted images.
+
+    Sample and halves go by content; of exact copies only one takes part. Trusted images that are in
+    the data as well are not tested on: the network may have learned them.
+
+    Args:
+      evidence: the data, with trusted images.
+      seed, epochs, folder, progress: see `train`.
+
+    Returns:
+      The accuracies; None where there are too few images or trusted ones, or one class.
+    """
+    trusted = evidence.trusted
+    if trusted is None:
+        return None
+    ours = {digest.tobytes() for digest in evidence.digests}
+    strange = np.array([digest.tobytes() not in ours for digest in trusted.digests])
+    rows = np.unique(nearest.copies_of(evidence), return_index=True)[1]
+    half = min(len(rows), MOST_HELD_OUT) // 2
+    learned, tested = rows[:half], rows[half : 2 * half]
+    classes = len(np.unique(evidence.labels[learned]))
+    if strange.sum() < LEAST_TRUSTED or classes < 2 or half < 8 * classes:
+        return None
+    labels = np.asarray(evidence.labels)
+    done = train(
+        np.asarray(evidence.images[learned]), labels[learned], evidence.num_classes,
+        seed=seed, epochs=epochs, folder=folder, progress=progress,
+    )  # fmt: skip
+    network = small_network(evidence.num_classes)
+
+    def accuracy(images, labels):
+        said = logits(network, done.variables, np.asarray(images))
+        return float(np.mean(np.argmax(said, axis=1) == labels))
+
+    return HeldOut(
+        accuracy(evidence.images[tested], labels[tested]), half,
+        accuracy(trusted.images[strange], trusted.labels[strange]), int(strange.sum()),
+    )  # fmt: skip
 
 
 def checked(model: Any, variables: Any, num_classes: int) -> tuple[Network, Any]:

@@ -65,5 +65,5 @@ CHECK = Check(
         "Poisons too few for a cluster of their own, and those that are more than half of a class."
     ),
     score=_score,
-    threats=("patch", "blend"),
+    threats=("patch", "blend", "wave"),
 )

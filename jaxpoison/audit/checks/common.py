@@ -1,9 +1,12 @@
 """What several checks need: scores in [0, 1], margins, sentences, and why a check cannot run."""
 
+from collections.abc import Callable
+
 import numpy as np
 
+from jaxpoison.audit import patterns
 from jaxpoison.audit.evidence import Evidence
-from jaxpoison.audit.verdict import NotRun
+from jaxpoison.audit.verdict import NotRun, Scores
 
 LEAST = 3
 """Images of a class below which a class is not judged by its own statistics."""
@@ -86,6 +89,39 @@ def without_layers(evidence: Evidence) -> NotRun | None:
     if evidence.trained is not None and not evidence.trained.vectors.shape[1]:
         return NotRun("The trained network has no BatchNorm layers, whose statistics are compared.")
     return None
+
+
+def of_patterns(
+    evidence: Evidence, found: patterns.Shared, where: Callable[[int], str]
+) -> Scores | NotRun:
+    """Returns scores of how much of its class's patterns an image has.
+
+    Args:
+      evidence: the images.
+      found: `patterns.small` or `large` of it.
+      where: row -> how the sentence begins, such as "At the top left, ".
+    """
+    if reason := one_class(evidence):
+        return reason
+    if np.isnan(found.apart).all():
+        return NotRun(f"Fewer than two classes have {patterns.LEAST} different images.")
+
+    def reason_for(row: int) -> str:
+        name = named(evidence, evidence.labels[row])
+        if np.isnan(found.apart[row]):
+            return f"There are too few images of {name} to see what they share."
+        return (
+            f"{where(row)}its pixels have something that other images of {name} have as well, "
+            f"{found.apart[row]:.1f} times as far out as images of other classes usually are."
+        )
+
+    def related(row: int) -> np.ndarray:
+        same = (evidence.labels == evidence.labels[row]) & (found.place == found.place[row])
+        others = np.flatnonzero(same & (np.arange(len(same)) != row) & ~np.isnan(found.apart))
+        return others[np.argsort(-found.apart[others], kind="stable")[:10]]
+
+    # As far out as is usual with a normal distribution and three directions: 1 or 2.
+    return Scores(bounded(found.apart - 2).astype(np.float32), reason_for, related=related)
 
 
 def named(evidence: Evidence, label: int | np.integer) -> str:

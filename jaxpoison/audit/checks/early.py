@@ -35,5 +35,5 @@ CHECK = Check(
     kind="poison",
     cannot_see="Triggers learned no sooner than what is on the images: faint or rare ones.",
     score=_score,
-    threats=("patch", "blend"),
+    threats=("patch", "blend", "wave"),
 )

@@ -33,5 +33,5 @@ CHECK = Check(
         "Triggers that change no layer's statistics, and poisons that are most of a class."
     ),
     score=_score,
-    threats=("patch", "blend"),
+    threats=("patch", "blend", "wave"),
 )

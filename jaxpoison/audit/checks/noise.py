@@ -85,4 +85,5 @@ CHECK = Check(
     ),
     score=_score,
     threats=("collision",),
+    reads="pixels",
 )

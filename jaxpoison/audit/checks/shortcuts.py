@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from scipy import linalg
 
 from jaxpoison.audit import foreign, nearest
 from jaxpoison.audit.checks import common
@@ -76,19 +77,22 @@ def fit(inputs: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.nd
     """
     mean = inputs.mean(axis=0)
     around = (inputs - mean).astype(np.float32)
-    target = np.eye(num_classes, dtype=np.float32)[labels]
+    target = np.eye(num_classes)[labels]
     share = target.mean(axis=0)
-    values, basis = np.linalg.eigh((around @ around.T).astype(np.float32))
-    values = np.maximum(values, 0)
-    rotated = basis.T @ (target - share)
+    kernel = (around @ around.T).astype(float)
+    average = max(float(np.trace(kernel)) / len(kernel), 1e-12)
 
-    def error(strength):
-        penalty = strength * max(float(values.mean()), 1e-12)
-        left = penalty / (values + penalty)
-        return float(((left[:, None] * rotated) ** 2).sum() / left.mean() ** 2), penalty
+    def solved(strength):
+        """Returns (error, dual weights): by a Cholesky factor: eigenvalues cost more."""
+        penalized = kernel + strength * average * np.eye(len(kernel))
+        inverse = linalg.lapack.dpotri(linalg.cholesky(penalized, lower=True), lower=1)[0]
+        left = strength * average * float(np.trace(inverse)) / len(kernel)
+        inverse = np.tril(inverse) + np.tril(inverse, -1).T
+        dual = inverse @ (target - share)
+        return float(((strength * average * dual) ** 2).sum()) / left**2, dual
 
-    penalty = min(map(error, _PENALTIES))[1]
-    weights = around.T @ (basis @ (rotated / (values + penalty)[:, None]))
+    dual = min(map(solved, _PENALTIES), key=lambda pair: pair[0])[1]
+    weights = around.T @ dual.astype(np.float32)
     return weights, share - mean @ weights
 
 

@@ -36,5 +36,5 @@ CHECK = Check(
     kind="poison",
     cannot_see="Poisons that do not dominate the variation of a class: a few among many images.",
     score=_score,
-    threats=("patch", "blend"),
+    threats=("patch", "blend", "wave"),
 )
