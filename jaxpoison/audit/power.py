@@ -149,7 +149,8 @@ def _family(threat, checks, found, in_copy, planted, labels, known):
     each, share = {}, 0.0
     p = q = np.ones(data.shape[1])
     say = _with_a_say(copy[:, canaries], copy[:, others])
-    sources = _sources(checks, of_threat) if labels is not None else None
+    poison = threat.kind == "poison" and labels is not None
+    sources = _sources(checks, of_threat) if poison else []
     if len(canaries) >= calibrate.LEAST and say:
         planted_among = copy[:, canaries], copy[:, others]
         planted_there, among = (x[say] for x in planted_among)
@@ -158,13 +159,13 @@ def _family(threat, checks, found, in_copy, planted, labels, known):
         if known is not None:
             p = np.where(known == 0, 1 / (len(p) + 1), p)
         q = calibrate.q_values(model, p)
-        agreed = _agreed(model, data[say], sources, say, labels)
-        if agreed is not None:
-            # Two looks at the same images, so each counts half.
+        if sources:
+            # Two ways to be found, each with half of the false findings.
+            agreed = _agreed(model, data[say], sources, say, labels)
             p = np.minimum(2 * np.minimum(p, agreed), 1)
             q = np.minimum(2 * np.minimum(q, calibrate.benjamini_hochberg(agreed)), 1)
         each = {of_threat[j]: _own(data[j], *(x[j] for x in planted_among)) for j in say}
-    there = None if sources is None else planted.evidence.labels
+    there = planted.evidence.labels if sources else None
     num_found, others_flagged = _power(copy, canaries, others, sources, there)
     by_rule = _by_rule(threat, checks, in_copy)
     if by_rule is not None:
@@ -183,18 +184,18 @@ def _sources(checks, names):
 
 
 def _agreed(model, scores, sources, say, labels):
-    """Returns p-values of how far sources agree, see `calibrate.agreement`; None where one speaks.
+    """Returns p-values of how far sources agree, see `calibrate.agreement`; 1 where one speaks.
 
     Of every source the sum of its scores, weighted as in the model.
     """
-    if sources is None:
-        return None
     weighted = model.weights[:, None] * calibrate.normal_scores(model.references, scores)
-    weights = dict(zip(say, model.weights, strict=True))
     places = dict(zip(say, weighted, strict=True))
-    speaking = [[j for j in of if weights.get(j, 0.0) > 0] for of in sources]
+    heavy = {j for j, weight in zip(say, model.weights, strict=True) if weight > 0}
+    speaking = [[j for j in of if j in heavy] for of in sources]
     values = [np.sum([places[j] for j in of], axis=0) for of in speaking if of]
-    return calibrate.agreement(np.array(values), labels) if len(values) > 1 else None
+    if len(values) < 2:
+        return np.ones(scores.shape[1])
+    return calibrate.agreement(np.array(values), labels)
 
 
 def _has_scores(found):
@@ -272,10 +273,8 @@ def _power(copy, canaries, others, sources, labels):
         rows = np.concatenate([judged, others])
         q = calibrate.benjamini_hochberg(p[rows])
         model = calibrate.fit(copy[say][:, others], copy[say][:, fitted])
-        agreed = None
-        if sources is not None:
+        if sources:
             agreed = _agreed(model, copy[say][:, rows], sources, say, labels[rows])
-        if agreed is not None:
             q = 2 * np.minimum(q, calibrate.benjamini_hochberg(agreed))
         found += int(np.count_nonzero(q[: len(judged)] <= RATE))
         flagged.append(1000 * float(np.mean(q[len(judged) :] <= RATE)))

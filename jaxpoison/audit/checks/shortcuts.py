@@ -85,9 +85,9 @@ def fit(inputs: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.nd
     def solved(strength):
         """Returns (error, dual weights): by a Cholesky factor: eigenvalues cost more."""
         penalized = kernel + strength * average * np.eye(len(kernel))
-        inverse = linalg.lapack.dpotri(linalg.cholesky(penalized, lower=True), lower=1)[0]
+        factor = linalg.cho_factor(penalized, lower=True)
+        inverse = linalg.cho_solve(factor, np.eye(len(kernel)))
         left = strength * average * float(np.trace(inverse)) / len(kernel)
-        inverse = np.tril(inverse) + np.tril(inverse, -1).T
         dual = inverse @ (target - share)
         return float(((strength * average * dual) ** 2).sum()) / left**2, dual
 
