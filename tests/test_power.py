@@ -1,5 +1,6 @@
 """What canaries say: which checks have a say, what is flagged, and how much would be found."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -67,6 +68,33 @@ def test_scores_of_the_copy_may_have_another_scale():
     ]
     np.testing.assert_allclose(results[0].p, results[1].p, rtol=1e-3)
     assert results[1].flagged[list(faulty)].mean() > 0.85
+
+
+@pytest.mark.parametrize("reads", ["pixels", "networks"])
+def test_where_pixels_and_networks_agree_faults_need_not_look_like_canaries(reads):
+    """Canaries are above all else, so nothing in the data looks like them."""
+    pair = [
+        dataclasses.replace(check(name, ("patch",), "poison"), reads=kind)
+        for name, kind in (("mark", "pixels"), ("sight", reads))
+    ]
+    faulty, labels = range(3_000, 3_060), np.zeros(NUM, int)
+    copy = planted(count=40, threat="patch")
+    copy = copy._replace(evidence=types.SimpleNamespace(labels=labels))
+
+    def both(seed, high, shift):
+        rows = [*faulty, *high]
+        shifts = np.array([2.5] * len(faulty) + [shift] * len(high))
+        return {
+            name: scored(normal(seed + place, rows, shifts))
+            for place, name in enumerate(("mark", "sight"))
+        }
+
+    (found,) = power.families(pair, both(0, [], 0), both(2, copy.rows, 12.0), copy, labels=labels)
+    honest = np.delete(found.flagged, list(faulty))
+    if reads == "networks":
+        assert found.flagged[list(faulty)].mean() > 0.4 and honest.mean() < 0.004
+    else:  # of one kind: they may agree on honest images as well
+        assert not found.flagged.any()
 
 
 def test_clean_data_stay_clean():
