@@ -10,6 +10,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most tests compile more than they compute. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` tests what
 # users run, and takes half as long again.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# The threads of NumPy and scikit-learn spin while they wait: next to another worker that takes
+# longer than all that they compute here. Programs under test inherit it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What one process compiles, the others need not: half of what the programs under test take.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="jaxpoison-tests-")  # removed at exit
