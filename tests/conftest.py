@@ -1,5 +1,6 @@
 """Settings of all tests: 8 virtual CPU devices, float32, quick compilation, one cache for all."""
 
+import gc
 import os
 import tempfile
 
@@ -9,9 +10,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most tests compile more than they compute. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` tests what
 # users run, and takes half as long again.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# NumPy's and SciPy's linear algebra waits in busy loops for threads that get no processor: with two
-# workers on two, a factorization took 30 times as long as with one thread each.
+# The threads of NumPy, SciPy and scikit-learn spin while they wait for a processor: with two workers
+# on two, a factorization took 30 times as long as with one thread each. Programs inherit it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What one process compiles, the others need not: half of what the programs under test take.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="jaxpoison-tests-")  # removed at exit
@@ -19,6 +21,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
+import pytest
+
+from jaxpoison.core import devices
 
 if jax.__version_info__ < (0, 11) and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0":
     # XLA's newer way to emit fused loops takes twice as long to compile; later versions have no
@@ -29,6 +34,13 @@ if jax.__version_info__ < (0, 11) and os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS
     )
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", False)
+
+# Tests leave many objects and little garbage: looking for it less often is enough.
+gc.set_threshold(20_000, 20, 20)
+
+# Files that run what users run, on the one device that a user's CPU is: eight that share two cores
+# compile and compute twice as long. What more devices change has its tests with each method.
+ON_ONE_DEVICE = {"test_charvec_digits", "test_docs_pages", "test_readme"}
 
 # What takes longest comes first, so that the two workers of `make test` end together.
 LONGEST = (
@@ -71,6 +83,31 @@ FAST = {
         "test_one_step_of_fit_is_a_step_along_the_gradient",
     ),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mesh_by_default(request):
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem in ON_ONE_DEVICE:
+            every = devices.data_mesh
+            patch.setattr(
+                devices, "data_mesh", lambda given=None: every(given or jax.devices()[:1])
+            )
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_forgotten():
+    """Each program takes longer to make than the one before: MLIR looks through all that are kept.
+
+    What two files share is in the cache on disk.
+    """
+    yield
+    jax.clear_caches()
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported and collected stays until the end
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,7 @@
 """The networks inside the package, and the program that trains them."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pretrain
 import pytest
+from common import cli
+from programs import refusal
 
 from jaxpoison import data, models, network
 
@@ -38,7 +41,7 @@ def run(run_dir, *flags):
     )
 
 
-def test_training_leaves_weights_that_give_the_accuracy_of_the_table(tmp_path):
+def test_training_leaves_weights_that_give_the_accuracy_of_the_table(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     done = run(folder)
     assert done.returncode == 0, done.stderr
@@ -53,8 +56,9 @@ def test_training_leaves_weights_that_give_the_accuracy_of_the_table(tmp_path):
 
     again = run(folder)  # all is there
     assert again.returncode == 0 and "epoch 1/2" not in again.stdout
-    other = run(folder, "--recipe.learning-rate", "0.3")
-    assert other.returncode != 0 and "another configuration" in other.stderr
+    main = functools.partial(cli.main, pretrain.PRESETS, None, pretrain.study)
+    flags = ("--run-dir", folder, *TINY, "--recipe.learning-rate", "0.3")
+    assert "another configuration" in refusal(main, *flags, patch=monkeypatch)
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs the whole of CIFAR-10")

@@ -24,6 +24,7 @@ TINY = (
     *("--parts.pretraining", "24", "--parts.train", "10", "--parts.trusted", "5"),
     *("--parts.targets", "5", "--test-examples", "200", "--num-targets", "2"),
     *("--attacks", "bp", "--hint-attacks", "bp", "--crafting.bp-steps", "12"),
+    *("--crafting.gm-steps", "12"),
     *("--epsilons-255", "128", "--shares", "0.8", "--hint-share", "0.8", "--min-success", "0"),
     *("--hint.schedule", "5"),
 )
