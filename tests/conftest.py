@@ -11,7 +11,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # users run, and takes half as long again.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # The threads of NumPy, SciPy and scikit-learn spin while they wait for a processor: with two
-# workers on two, a factorization took 30 times as long as with one thread each. Programs inherit it.
+# workers on two, a factorization took 30 times as long as with one thread each. Programs under
+# test inherit it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What one process compiles, the others need not: half of what the programs under test take.
