@@ -58,9 +58,15 @@ def as_a_user(arguments, place):
         for name, value in os.environ.items()
         if not name.startswith(("JAX_", "XLA_FLAGS"))
     }
+    return command(arguments, place, environment)
+
+
+def command(arguments, place, environment=os.environ):
+    """Runs the command in a process; with the settings of these tests it compiles quickly."""
     return subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, cwd=place, env=environment | ROOT
-    )
+        [*COMMAND, *arguments], capture_output=True, text=True, cwd=place,
+        env=dict(environment) | ROOT,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -521,9 +527,7 @@ def mycode(tmp_path):
 @pytest.mark.parametrize("name", ["linen", "NNX"])
 def test_a_network_of_the_users_own_takes_the_place_of_training(name, images, mycode):
     folder_of(images, mycode / "photos", 100)
-    result = as_a_user(
-        ["audit", "photos", "--network", f"mycode:{name}", "--no-worth"], mycode
-    )  # fmt: skip
+    result = command(["audit", "photos", "--network", f"mycode:{name}", "--no-worth"], mycode)
     assert result.returncode == 0, result.stderr
     assert "Training" not in result.stdout
     report = findings.read(mycode / "photos-audit")

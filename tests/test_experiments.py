@@ -162,7 +162,7 @@ def test_stopped_killed_and_started_again_ends_with_the_same_bits(whole, tmp_pat
 
 
 def test_cifar_runs(tmp_path):
-    few = ("--width", "4", "--blocks", "1", "1", "--defenses", "none", "hint")
+    few = ("--width", "4", "--defenses", "none", "hint")
     done = run("cifar_hint.py", tmp_path / "run", *TINY, *few)
     assert done.returncode == 0, done.stderr
     assert "48.62" in done.stdout  # not all that is needed to sum up: the whole table
