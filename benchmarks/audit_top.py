@@ -4,8 +4,8 @@
       --out benchmarks/results/audit_top_cifar10.json --picture docs/audit_top_cifar10.png
 
 The set is that of TensorFlow Datasets, its training images; `--train` trains the second witness as
-well. Nothing is planted but the audit's own canaries: what is flagged are errors of the set, which
-the picture shows, or false alarms.
+well. Nothing is planted but the audit's own canaries: what is flagged is an error of the set or a
+false alarm. The picture shows the images that look most like wrong labels, flagged or not.
 """
 
 import argparse
@@ -21,6 +21,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from jaxpoison import audit, runs
+from jaxpoison.audit.verdict import Scores
+from jaxpoison.data.readers import open_source
 
 SHOWN = 30
 
@@ -39,15 +41,23 @@ def main() -> None:
         begin, clock = time.process_time(), time.perf_counter()
         with runs.Stages() as stages:
             done = audit.audit(
-                options.data,
+                open_source(options.data, split="train"),
                 settings=audit.Settings(quick=not options.train, worth=False),
                 folder=options.folder or temporary,
                 tell=stages.tell,
             )
         seconds = time.process_time() - begin, time.perf_counter() - clock
     report = done.report
-    wrong = [finding for finding in report.findings if finding.kind == "label"][:SHOWN]
-    draw(done, wrong, options.picture)
+    of_labels = [f.p for f in done.judgement.families if f.threat.kind == "label"]
+    first = np.argsort(np.min(of_labels, axis=0), kind="stable")[:SHOWN]
+    neighbors, names = done.judgement.found["neighbors"], done.evidence.class_names
+    assert isinstance(neighbors, Scores) and neighbors.suggested is not None
+    rows = [
+        [str(done.evidence.ids[row]), names[done.evidence.labels[row]], names[other],
+         bool(done.flagged[row])]
+        for row, other in zip(first, neighbors.suggested[first], strict=True)
+    ]  # fmt: skip
+    draw(done.evidence.images[first], rows, options.picture)
     out = {
         "script": "audit_top.py", "data": options.data.name, "trained": options.train,
         "images": report.data.num_images, "verdict": report.verdict, "findings": report.counts,
@@ -57,22 +67,20 @@ def main() -> None:
             row.threat: [row.found, row.planted, row.false_alarms_per_thousand]
             for row in report.power
         },
-        "first": [[f.id, f.class_name, f.suggested, f.q_value] for f in wrong],
+        "first": rows,  # id, label, what its neighbors are, whether it is flagged
         "environment": runs.environment(),
     }  # fmt: skip
     runs.write_json(options.out, out)
     runs.say(f"{report.verdict}: {report.counts}, {seconds[1]:.0f} s")
 
 
-def draw(done: audit.Audit, wrong: list, path: Path) -> None:
-    """Draws findings, ten in a row, with their label and the one that is believed instead."""
+def draw(images: np.ndarray, rows: list[list], path: Path) -> None:
+    """Draws images, ten in a row, with their label and what is believed instead."""
     figure, axes = plt.subplots(3, 10, figsize=(11, 4.6), layout="constrained")
-    for axis in axes.flat:
+    for axis, image, (_, given, believed, _) in zip(axes.flat, images, rows, strict=True):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title(f"{given}\n→ {believed}", fontsize=8)
         axis.axis("off")
-    for axis, finding in zip(axes.flat, wrong, strict=False):
-        axis.imshow(np.asarray(done.evidence.images[finding.row]), interpolation="nearest")
-        believed = f"\n→ {finding.suggested}" if finding.suggested else ""
-        axis.set_title(f"{finding.class_name}{believed}", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
