@@ -20,12 +20,13 @@ WINDOW = 8
 """Side of the windows in which small patterns are looked for; neighbors overlap by half."""
 LEAST = 10
 """Different images of a class, below which it has no directions."""
-_DIRECTIONS = 3  # of each class
+_DIRECTIONS = 6  # of each class
 _MOST = 12_000  # images that directions are found on
 _USUAL = 3_000  # of them, those that tell what is usual
+_FLOOR = 1e-6  # of the strongest frequency
 _CLIP = 4.0  # edges are many standard deviations out in any natural image
 _RIDGE = 0.3  # of the whitening, in mean variances times dimensions a sample
-_BLOCK, _ROUNDS = 8, 8  # of the subspace iteration
+_BLOCK, _ROUNDS = 12, 8  # of the subspace iteration
 _CHUNK = 2048
 
 
@@ -115,7 +116,7 @@ class _Spectrum(NamedTuple):
     def of(cls, images, rows):
         some = rows[:: -(-len(rows) // _USUAL)]
         power = np.median(np.abs(np.fft.rfft2(_channels(images, some))) ** 2, axis=0)
-        power += 1e-6 * power.max() + 1e-12
+        power += _FLOOR * power.max() + 1e-12
         raw = cls(power.astype(np.float32), np.zeros(1, np.float32))
         return raw._replace(mean=raw.whiten(images, some).mean(axis=0))
 

@@ -120,7 +120,7 @@ def of_patterns(
         others = np.flatnonzero(same & (np.arange(len(same)) != row) & ~np.isnan(found.apart))
         return others[np.argsort(-found.apart[others], kind="stable")[:10]]
 
-    # As far out as is usual with a normal distribution and three directions: 1 or 2.
+    # With several directions, about 2 is usual.
     return Scores(bounded(found.apart - 2).astype(np.float32), reason_for, related=related)
 
 
