@@ -160,10 +160,8 @@ def _family(threat, checks, found, in_copy, planted, labels, known):
             p = np.where(known == 0, 1 / (len(p) + 1), p)
         q = calibrate.q_values(model, p)
         if sources:
-            # Two ways to be found, each with half of the false findings.
             agreed = _agreed(model, data[say], sources, say, labels)
-            p = np.minimum(2 * np.minimum(p, agreed), 1)
-            q = np.minimum(2 * np.minimum(q, calibrate.benjamini_hochberg(agreed)), 1)
+            p, q = _either(p, agreed), _either(q, calibrate.benjamini_hochberg(agreed))
         each = {of_threat[j]: _own(data[j], *(x[j] for x in planted_among)) for j in say}
     there = planted.evidence.labels if sources else None
     num_found, others_flagged = _power(copy, canaries, others, sources, there)
@@ -196,6 +194,14 @@ def _agreed(model, scores, sources, say, labels):
     if len(values) < 2:
         return np.ones(scores.shape[1])
     return calibrate.agreement(np.array(values), labels)
+
+
+def _either(first, second):
+    """Returns the smaller value of each image, twice: of two ways to be found each counts half.
+
+    The first alone where the second has nothing to say.
+    """
+    return first if np.all(second == 1) else np.minimum(2 * np.minimum(first, second), 1)
 
 
 def _has_scores(found):
@@ -275,7 +281,7 @@ def _power(copy, canaries, others, sources, labels):
         model = calibrate.fit(copy[say][:, others], copy[say][:, fitted])
         if sources:
             agreed = _agreed(model, copy[say][:, rows], sources, say, labels[rows])
-            q = 2 * np.minimum(q, calibrate.benjamini_hochberg(agreed))
+            q = _either(q, calibrate.benjamini_hochberg(agreed))
         found += int(np.count_nonzero(q[: len(judged)] <= RATE))
         flagged.append(1000 * float(np.mean(q[len(judged) :] <= RATE)))
     return found, float(np.mean(flagged))
