@@ -285,7 +285,7 @@ def summary(cell: dict[str, Any]) -> str:
 
 LIKE = {
     "aggregate": ("flip",), "random1": ("flip",), "flips": ("flip",), "patch": ("patch",),
-    "blend": ("blend",), "sig": ("blend",), "collision": ("collision",),
+    "blend": ("blend",), "sig": ("wave",), "collision": ("collision",),
     "bullseye": ("collision",), "matching": ("collision",),
 }  # fmt: skip
 """Canaries of the audit that are nearest to a fault; there are none for attacks on whole sets."""
@@ -313,8 +313,11 @@ def decided(cells):
             for name, each in alone["power"].items()
             if name in LIKE.get(cell["threat"], ())
         ]
+        verdict = alone["verdict"]
+        if trusted["verdict"] != verdict:
+            verdict += f"; with trusted {trusted['verdict']}"
         rows.append([
-            title(cell), f"{cell['changed']:,} of {cell['images']:,}", alone["verdict"],
+            title(cell), f"{cell['changed']:,} of {cell['images']:,}", verdict,
             f"{alone['flagged_changed']:,}", f"{trusted['flagged_changed']:,}",
             f"{alone['flagged_others']:,}", f"{trusted['flagged_others']:,}", ", ".join(planted),
         ])  # fmt: skip
