@@ -39,8 +39,9 @@ class Family(NamedTuple):
       threat: what was planted.
       recalls: {check: recall of canaries at 1% false alarms}, of every check that ran.
       each: {check: float64 [N], its own p-values}, of the checks that have a say.
-      p: float64 [N], p-values; 1 where nothing has a say.
-      q: float64 [N], of Benjamini and Hochberg.
+      p: float64 [N], p-values; 1 where nothing has a say. For poisons, of the model of canaries
+        and of how far pixels and networks agree, see `calibrate.agreement`.
+      q: float64 [N], of Benjamini and Hochberg, each way by itself.
       flagged: bool [N], q at most RATE.
       planted: number of canaries.
       found: number of canaries found, each with thresholds from the other half of them.
