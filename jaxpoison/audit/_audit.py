@@ -131,7 +131,7 @@ def audit(
     settings = Settings() if settings is None else settings
     given = locals()
     # Threads of linear algebra wait in busy loops for processors that XLA's threads are using: a
-    # factorization of 1,500 rows took 2 s with two threads on two processors, 0.06 s with one.
+    # factorization of 1,500 rows took 2 s with two threads on two busy processors, 0.06 s with one.
     with threadpool_limits(1, user_api="blas"):
         if folder is not None:
             return _audit(**given, in_memory=False)

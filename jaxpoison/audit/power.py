@@ -279,8 +279,8 @@ def _power(copy, canaries, others, sources, labels):
             p[rows] = calibrate.p_values(model, copy[say][:, rows])
         rows = np.concatenate([judged, others])
         q = calibrate.benjamini_hochberg(p[rows])
-        model = calibrate.fit(copy[say][:, others], copy[say][:, fitted])
         if sources:
+            model = calibrate.fit(copy[say][:, others], copy[say][:, fitted])
             agreed = _agreed(model, copy[say][:, rows], sources, say, labels[rows])
             q = _either(q, calibrate.benjamini_hochberg(agreed))
         found += int(np.count_nonzero(q[: len(judged)] <= RATE))
