@@ -3,6 +3,7 @@ three scales.
 
   python experiments/untargeted.py --preset mnist-laptop   # embedded slice, CPU
   python experiments/untargeted.py --preset cifar10-laptop # and a narrow ResNet
+  python experiments/untargeted.py --preset mnist-schedule # HINT at every epoch
   python experiments/untargeted.py --preset cifar10-paper --data-dir DIR \\
       --poison-ratios 0.6 1
 
@@ -154,6 +155,19 @@ MNIST_LAPTOP = dataclasses.replace(
     seeds=(0, 1, 2),
     trusted_epochs=80,  # as often as the recommended defense sees them
 )
+# When to update, and what of HINT it is that helps; then what costs nothing.
+MNIST_SCHEDULE = dataclasses.replace(
+    MNIST_LAPTOP,
+    run_dir=Path("runs/untargeted-mnist-schedule"),
+    poison_ratios=(1.0,),
+    control_ratios=(1.0,),
+    defenses=("none", "hint", "hint_every", "recommended"),
+    controls=(
+        *("hint_every_all", "hint_every_random", "hint_every_identity", "hint_every_sign"),
+        *("hint_every_recommended", "random_noise", "jpeg", "jpeg75", "bit_depth", "ueraser"),
+        "projection",
+    ),
+)
 PRESETS = {
     "cifar10-paper": CIFAR10_PAPER,
     "mnist-paper": MNIST_PAPER,
@@ -162,6 +176,7 @@ PRESETS = {
     "cifar10-fast": CIFAR10_FAST,
     "cifar10-laptop": CIFAR10_LAPTOP,
     "mnist-laptop": MNIST_LAPTOP,
+    "mnist-schedule": MNIST_SCHEDULE,
 }
 
 if __name__ == "__main__":

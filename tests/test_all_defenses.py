@@ -55,6 +55,9 @@ MAKE = {
     "fixed_noise": lambda: defenses.fixed_noise(0.1, 0.5),
     "jpeg": defenses.jpeg,
     "gray": defenses.gray,
+    "bit_depth": defenses.bit_depth,
+    "orthogonal_projection": defenses.orthogonal_projection,
+    "ueraser": lambda: defenses.ueraser(model(), 2),
     "mixup": lambda: defenses.mixup(K),
     "cutmix": lambda: defenses.cutmix(K),
     "add_trusted": lambda: defenses.add_trusted(TRUSTED, mesh=one_device()),
@@ -88,7 +91,7 @@ def test_a_factory_called_twice_compiles_nothing_twice(name):
     call_hooks(first)
     before = len(TRACES)
     second = MAKE[name]()
-    if name == "adversarial_training":  # what is differentiated outside of `jit` is traced
+    if name in ("adversarial_training", "ueraser"):  # a network outside of `jit` is traced
         assert second.on_batch == first.on_batch
         second = second._replace(on_batch=keep_batch)
     call_hooks(second)
@@ -244,6 +247,8 @@ def test_settings_of_any_kind_become_plain(scalar):
         (lambda: defenses.hint(model(), TRUSTED.images), TypeError, "trusted set is a ndarray"),
         (lambda: defenses.mixup(2).init(jax.random.key(0), TRAIN, 3), ValueError, "label 2"),
         (lambda: defenses.mixup(2.5), TypeError, "num_classes"),
+        (lambda: defenses.ueraser(model(), 0), ValueError, "num_views must be at least 1"),
+        (lambda: defenses.ueraser(model(), 2.0), TypeError, "num_views must be a whole number"),
         (lambda: defenses.jpeg(9.5), ValueError, "whole number from 1 to 95"),
     ],
 )  # fmt: skip

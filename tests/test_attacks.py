@@ -11,10 +11,18 @@ from jaxpoison import attacks
 from jaxpoison.data import Dataset
 
 EPSILON = 0.06
+LENGTH = 0.4
 CRAFT = {
     "pgd": attacks.pgd(epsilon=EPSILON, num_steps=5),
     "dap": attacks.dap(epsilon=EPSILON, num_steps=10),
+    "class_targeted": attacks.class_targeted(epsilon=EPSILON, num_steps=40, max_shift=1.0),
+    "error_max": attacks.error_max(epsilon=EPSILON, num_steps=40, max_shift=1.0),
     "durp": attacks.durp(epsilon=EPSILON),
+}
+IN_L2 = {
+    "pgd": attacks.pgd(epsilon=LENGTH, norm="l2", num_steps=5),
+    "dap": attacks.dap(epsilon=LENGTH, norm="l2", num_steps=10),
+    "durp": attacks.durp(epsilon=LENGTH, norm="l2"),
 }
 
 
@@ -39,6 +47,12 @@ def craft(name, **settings):
     return np.asarray(attack.craft(key, VICTIM, jnp.asarray(CLEAN.images), CLEAN.labels))
 
 
+def in_l2(name):
+    key = jax.random.key(1)
+    images = IN_L2[name].craft(key, VICTIM, jnp.asarray(CLEAN.images), CLEAN.labels)
+    return np.asarray(images)
+
+
 def losses(images, labels):
     logits = MODEL.apply(VICTIM.variables, jnp.asarray(images))
     return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
@@ -60,16 +74,77 @@ def test_pgd_raises_and_dap_lowers_its_objective_for_every_example():
     following = (CLEAN.labels + 1) % 4
     assert np.all(losses(craft("pgd"), CLEAN.labels) > losses(CLEAN.images, CLEAN.labels))
     assert np.all(losses(craft("dap"), following) < losses(CLEAN.images, following))
+    assert np.all(losses(in_l2("pgd"), CLEAN.labels) > losses(CLEAN.images, CLEAN.labels))
+    assert np.all(losses(in_l2("dap"), following) < losses(CLEAN.images, following))
+
+
+def test_through_augmentation_the_objective_of_most_examples_moves():
+    following = (CLEAN.labels + 1) % 4
+    raised = losses(craft("error_max"), CLEAN.labels) > losses(CLEAN.images, CLEAN.labels)
+    lowered = losses(craft("class_targeted"), following) < losses(CLEAN.images, following)
+    assert raised.mean() > 0.8 and lowered.mean() > 0.8
+
+
+@pytest.mark.parametrize("name", IN_L2)
+def test_a_budget_in_l2_is_the_length_of_each_change(name):
+    images = in_l2(name)
+    change = np.linalg.norm((images - CLEAN.images).reshape(61, -1), axis=1)
+    assert 0.9 * LENGTH < change.max() <= LENGTH + 1e-6 and change.min() > 0.1 * LENGTH
+    assert images.min() >= 0 and images.max() <= 1
+    assert IN_L2[name].settings["norm"] == "l2" and IN_L2[name].epsilon == LENGTH
+    assert np.abs(images - CLEAN.images).max() > 1.5 * LENGTH / 5  # not the same in all 25 pixels
+
+
+def gradient(images, labels):
+    def loss(x):
+        logits = MODEL.apply(VICTIM.variables, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
+
+    return np.asarray(jax.grad(loss)(jnp.asarray(images)))
+
+
+def test_one_step_in_l2_by_hand():
+    images = CLEAN.images[2:12]  # well inside of [0, 1] after the step, or clipped below
+    slope = gradient(images, (CLEAN.labels[2:12] + 1) % 4)
+    unit = slope / np.linalg.norm(slope.reshape(10, -1), axis=1)[:, None, None, None]
+    for step, length in ((0.1, 0.1), (9.0, LENGTH)):  # the second is cut to the budget
+        attack = attacks.dap(epsilon=LENGTH, norm="l2", num_steps=1, step=step)
+        got = attack.craft(jax.random.key(0), VICTIM, jnp.asarray(images), CLEAN.labels[2:12])
+        np.testing.assert_allclose(got, np.clip(images - length * unit, 0, 1), atol=1e-6)
+
+
+def test_augmentation_is_drawn_at_every_step_and_none_is_plain_descent():
+    settings = {"num_steps": 3, "max_shift": 0.0, "flip": False}
+    plain = craft("class_targeted", **settings)
+    begin = craft("class_targeted", num_steps=1, max_shift=0.0, flip=False)
+    step = 0.05 * EPSILON
+    for _ in range(2):
+        move = begin - step * np.sign(gradient(begin, (CLEAN.labels + 1) % 4))
+        begin = np.clip(np.clip(move, CLEAN.images - EPSILON, CLEAN.images + EPSILON), 0, 1)
+    np.testing.assert_allclose(plain, begin, atol=1e-6)
+    assert np.abs(craft("class_targeted", **settings | {"max_shift": 2.0}) - plain).max() > step
+
+
+def test_of_several_starts_each_image_keeps_the_best():
+    settings = {"num_steps": 4, "max_shift": 0.0, "flip": False}
+    following = (CLEAN.labels + 1) % 4
+    one, three = (craft("class_targeted", restarts=n, **settings) for n in (1, 3))
+    changed = np.abs(three - one).max(axis=(1, 2, 3)) > 0
+    assert 0.4 < changed.mean() < 0.95  # two of three, where starts are alike
+    # The loss that is compared is that before the last step, so of the last images nearly all.
+    assert np.mean(losses(three, following)[changed] < losses(one, following)[changed]) > 0.9
+    np.testing.assert_array_equal(three[~changed], one[~changed])
+
+
+def test_raw_keys_are_keys():
+    attack = attacks.class_targeted(epsilon=EPSILON, num_steps=2)
+    given = (VICTIM, jnp.asarray(CLEAN.images), CLEAN.labels)
+    np.testing.assert_array_equal(
+        attack.craft(jax.random.PRNGKey(3), *given), attack.craft(jax.random.key(3), *given)
+    )
 
 
 def test_one_step_of_each_by_hand():
-    def gradient(images, labels):
-        def loss(x):
-            logits = MODEL.apply(VICTIM.variables, x)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
-
-        return np.asarray(jax.grad(loss)(jnp.asarray(images)))
-
     sign = np.sign(gradient(CLEAN.images, (CLEAN.labels + 1) % 4))
     want = np.clip(CLEAN.images - 0.01 * sign, 0, 1)
     np.testing.assert_allclose(craft("dap", num_steps=1, step=0.01), want, atol=1e-6)
@@ -82,8 +157,15 @@ def test_one_step_of_each_by_hand():
 
 def test_default_steps_can_cross_the_budget():
     assert attacks.pgd(epsilon=8 / 255).settings["step"] == 2 / 255
-    assert attacks.pgd(epsilon=0.3).settings == {"step": 0.075, "num_steps": 10}
-    assert attacks.dap(epsilon=0.3).settings == {"step": 0.06, "num_steps": 100}
+
+    def steps(attack):
+        return attack.settings["step"], attack.settings["num_steps"]
+
+    assert steps(attacks.pgd(epsilon=0.3)) == (0.075, 10)
+    assert steps(attacks.pgd(epsilon=0.5, norm="l2")) == (0.125, 10)
+    assert steps(attacks.dap(epsilon=0.3)) == (0.06, 100)
+    assert steps(attacks.dap(epsilon=0.5, norm="l2")) == (0.1, 100)
+    assert steps(attacks.class_targeted(epsilon=0.2)) == pytest.approx((0.01, 250))
 
 
 def test_durp_adds_the_same_noise_to_a_class():
@@ -114,6 +196,15 @@ def test_epsilon_out_of_range(epsilon):
     for attack in (attacks.pgd, attacks.dap, attacks.durp):
         with pytest.raises(ValueError, match="epsilon is in units of pixels"):
             attack(epsilon=epsilon)
+
+
+def test_a_length_may_be_above_one_and_is_finite():
+    for attack in (attacks.pgd, attacks.dap, attacks.durp):
+        assert attack(epsilon=2.0, norm="l2").epsilon == 2.0
+        with pytest.raises(ValueError, match="epsilon is in units of pixels"):
+            attack(epsilon=float("inf"), norm="l2")
+        with pytest.raises(ValueError, match="norm must be 'linf' or 'l2', got 'l1'"):
+            attack(epsilon=0.5, norm="l1")
 
 
 def shift(name, amount):
@@ -186,7 +277,7 @@ def test_mixture_of_nothing_is_the_clean_set():
 
 
 def test_mixture_of_the_three_attacks():
-    poisoned = mix(1.0, attack_list=list(CRAFT.values()))
+    poisoned = mix(1.0, attack_list=[CRAFT[name] for name in ("pgd", "dap", "durp")])
     assert set(poisoned.attack_id) == {1, 2, 3}
     assert poisoned.attack_names == ("pgd", "dap", "durp")
     change = np.abs(poisoned.images - CLEAN.images)

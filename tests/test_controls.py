@@ -16,12 +16,14 @@ from jaxpoison.defenses import (
     Defense,
     HintConfig,
     add_trusted,
+    bit_depth,
     chain,
     cutmix,
     gray,
     hint,
     jpeg,
     mixup,
+    orthogonal_projection,
     recommended,
     refit_head,
 )
@@ -124,6 +126,47 @@ def test_gray_is_the_luma_of_pillow():
     assert images.shape == train.images.shape and images.min() >= 0 and images.max() <= 1
     np.testing.assert_allclose(255 * images[..., 0], want, atol=1.0)
     np.testing.assert_array_equal(images[..., :1].repeat(3, -1), images)
+
+
+def test_bit_depth_keeps_the_nearest_of_few_levels():
+    train, _ = squeezed("cifar10")
+    _, after, info = bit_depth().on_epoch((), 0, None, train)
+    levels = np.array([0, 85, 170, 255])
+    nearest = levels[np.abs(train.images[..., None].astype(int) - levels).argmin(-1)]
+    np.testing.assert_allclose(255 * np.asarray(after.images), nearest, atol=1e-3)
+    assert info.changed
+    _, fine, _ = bit_depth(7).on_epoch((), 1, None, train)
+    assert np.abs(255 * np.asarray(fine.images) - train.images).max() <= 1.01
+    for bits in (0, 8, 2.0):
+        with pytest.raises(ValueError, match="whole number from 1 to 7"):
+            bit_depth(bits)
+
+
+def test_orthogonal_projection_takes_class_wise_noise_away_and_leaves_the_rest():
+    rng = np.random.default_rng(0)
+    labels = np.arange(400, dtype=np.int32) % 4
+    noise = rng.choice([-0.1, 0.1], (4, 6, 6, 3)).astype(np.float32)
+    clean = np.clip(rng.normal(0.5, 0.02, (400, 6, 6, 3)), 0, 1).astype(np.float32)
+    poisoned = Dataset(clean + noise[labels], labels)
+    defense = orthogonal_projection()
+    state, train = begin(defense, KEY, poisoned)
+    mean, directions = map(np.asarray, state)
+    np.testing.assert_allclose(directions.T @ directions, np.eye(4), atol=1e-5)
+    _, after, _ = defense.on_epoch(state, 0, None, train)
+    pixels = poisoned.images.reshape(400, -1) - mean
+    want = poisoned.images.reshape(400, -1) - (pixels @ directions) @ directions.T
+    np.testing.assert_allclose(np.asarray(after.images).reshape(400, -1), want, atol=1e-5)
+
+    def spread(images):  # between the means of classes, and within classes
+        flat = np.asarray(images).reshape(400, -1)
+        means = np.stack([flat[labels == label].mean(0) for label in range(4)])
+        return means.std(0).mean(), (flat - means[labels]).std()
+
+    between, within = spread(after.images)
+    between_before, within_before = spread(poisoned.images)
+    assert between < 0.15 * between_before and within > 0.95 * within_before
+    with pytest.raises(TypeError, match="expected a training"):
+        orthogonal_projection(RECIPE)
 
 
 def test_mixup_mixes_labels_as_it_mixes_images():

@@ -11,8 +11,7 @@ from networks import one_device
 from jaxpoison import models, solvers, training
 from jaxpoison.core import devices
 from jaxpoison.data import Dataset
-from jaxpoison.defenses import HintConfig, hint
-from jaxpoison.defenses._hint import RELEASED_CODE, HintState
+from jaxpoison.defenses import EVERY_EPOCH, PAPER, RELEASED_CODE, HintConfig, HintState, hint
 from jaxpoison.defenses._ids import NO_ID
 from jaxpoison.training.hooks import Info, with_ids
 
@@ -215,6 +214,20 @@ def test_the_released_codes_settings():
     assert (RELEASED_CODE.coordinates, RELEASED_CODE.hessian_examples) == ("normalized", "chosen")
     assert RELEASED_CODE.storage == "uint8_floor"
     assert RELEASED_CODE.schedule == HintConfig().schedule == (5, 15, 40)
+
+
+def test_every_other_epoch_is_the_schedule_that_names_them():
+    every = dataclasses.replace(CONFIG, schedule=(2,), every=2)
+    named = dataclasses.replace(CONFIG, schedule=(2, 4, 6))
+    assert every.updates(7) == named.updates(7) == named.updates(50) == (2, 4, 6)
+    assert HintConfig(schedule=(4, 2, 2)).updates(5) == (2, 4)
+    assert EVERY_EPOCH.updates(4) == (1, 2, 3) and EVERY_EPOCH.updates(1) == ()
+    assert dataclasses.replace(EVERY_EPOCH, schedule=PAPER.schedule, every=None) == PAPER
+    runs = [Update(config) for config in (every, named)]
+    for epoch in range(1, 7):
+        first, second = (run(epoch, trained(5 + epoch % 3)) for run in runs)
+        np.testing.assert_array_equal(first.images, second.images)
+        assert [run.info.changed for run in runs] == 2 * [epoch in (2, 4, 6)]
 
 
 @pytest.mark.parametrize("as_uint8", [False, True])
@@ -477,6 +490,8 @@ def test_steps_of_signs_go_against_the_influence_to_the_bound():
         ({"hessian_examples": "some"}, "hessian_examples"),
         ({"coordinates": "lab"}, "coordinates"),
         ({"storage": "int4"}, "storage"),
+        ({"every": 0, "schedule": (1,)}, "every must be at least 1"),
+        ({"every": 2}, r"schedule is \(2, 4\) and every is 2: .* such as \(2,\)"),
     ],
     ids=str,
 )

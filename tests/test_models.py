@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import flax.linen as nn
@@ -30,6 +31,13 @@ def resnet18_parameters(width, num_classes):
     return total + (inputs + 1) * num_classes
 
 
+def vgg16_parameters(num_classes):
+    """Counts by hand: 3x3 convolutions with bias, two numbers per BatchNorm channel."""
+    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    pairs = itertools.pairwise(widths)
+    return sum((9 * before + 3) * after for before, after in pairs) + 513 * num_classes
+
+
 @pytest.mark.parametrize(
     ("model", "image_shape", "want", "published", "num_features"),
     [
@@ -41,8 +49,9 @@ def resnet18_parameters(width, num_classes):
             1600,
         ),
         (models.resnet18(), (32, 32, 3), resnet18_parameters(64, 10), 11_173_962, 512),
+        (models.vgg16(), (32, 32, 3), vgg16_parameters(10), 14_728_266, 512),
     ],
-    ids=["mnist_cnn", "resnet18"],
+    ids=["mnist_cnn", "resnet18", "vgg16"],
 )
 def test_numbers_of_parameters_and_features(model, image_shape, want, published, num_features):
     images = jnp.zeros((2, *image_shape))

@@ -4,6 +4,7 @@ Names are those under which results are recorded; they stay. Labels are for peop
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -81,23 +82,27 @@ class AttackEntry:
     note: str = ""
 
 
-def _hint(**changes: Any) -> Make:
-    """Returns HINT as configured, but for `changes`."""
+def _hint(change: Callable[[Common], dict[str, Any]] | None = None, **changes: Any) -> Make:
+    """Returns HINT as configured, but for `changes` and what `change` returns of the settings."""
 
     def make(config: Common, model: models.Classifier, splits: Splits) -> Defense:
-        return defenses.hint(model, splits.validation, dataclasses.replace(config.hint, **changes))
+        all_changes = changes if change is None else changes | change(config)
+        settings = dataclasses.replace(config.hint, **all_changes)
+        return defenses.hint(model, splits.validation, settings)
 
     return make
 
 
-def _hint_identity(config: Common, model: models.Classifier, splits: Splits) -> Defense:
+def _identity(config: Common) -> dict[str, Any]:
     # Where curvature is small, (H + damping I)^-1 v is v / damping: steps of that length.
-    gamma = config.hint.gamma / config.hint.damping
-    return _hint(solver="identity", gamma=gamma)(config, model, splits)
+    return {"solver": "identity", "gamma": config.hint.gamma / config.hint.damping}
 
 
-def _hint_every(config: Common, model: models.Classifier, splits: Splits) -> Defense:
-    return _hint(schedule=tuple(range(1, config.recipe.epochs)))(config, model, splits)
+def _quarters(config: Common) -> dict[str, Any]:
+    return {"gamma": config.hint.beta / 4}  # four steps to the bound
+
+
+EVERY: dict[str, Any] = {"schedule": (1,), "every": 1}
 
 
 def _hint_released(config: Common, model: models.Classifier, splits: Splits) -> Defense:
@@ -106,7 +111,8 @@ def _hint_released(config: Common, model: models.Classifier, splits: Splits) -> 
         defenses.RELEASED_CODE,
         ratio=config.hint.ratio,
         schedule=config.hint.schedule,
-        late_epoch=config.hint.schedule[-1],
+        every=config.hint.every,
+        late_epoch=config.hint.updates(config.recipe.epochs)[-1],
     )
     return defenses.hint(model, splits.validation, released)
 
@@ -127,8 +133,9 @@ def _friends(kind: Literal["bernoulli", "uniform", "gaussian"]) -> Make:
     )
 
 
-def _jpeg(config: Common, model: models.Classifier, splits: Splits) -> Defense:
-    return defenses.jpeg()
+def _always(make: Callable[[], Defense]) -> Make:
+    """Returns a defense that needs no settings, network or data."""
+    return lambda config, model, splits: make()
 
 
 def _epic_events(config: Common) -> tuple[int, ...]:
@@ -137,11 +144,15 @@ def _epic_events(config: Common) -> tuple[int, ...]:
     return tuple(epoch for epoch in epochs if epoch % config.epic.every == 0)
 
 
+def _hint_events(config: Common) -> tuple[int, ...]:
+    return config.hint.updates(config.recipe.epochs)
+
+
 def _hint_cost(ratio: float) -> Cost:
     return Cost(
         f"HINT r={ratio!r}",
-        lambda config, *_: len(config.hint.schedule) * (1 + 2 * ratio),
-        lambda config: config.hint.schedule,
+        lambda config, *_: len(_hint_events(config)) * (1 + 2 * ratio),
+        _hint_events,
     )
 
 
@@ -160,7 +171,7 @@ def _ratio_entry(ratio: float) -> DefenseEntry:
 _ENTRIES = (
     DefenseEntry("clean", "none, no poisons", "reference", None),
     DefenseEntry(
-        "none", "none", "defense", lambda config, model, splits: defenses.none(), "none",
+        "none", "none", "defense", _always(defenses.none), "none",
         cost=Cost("none", lambda *_: 0.0),
     ),
     DefenseEntry("hint", "HINT", "defense", _hint(), "HINT"),
@@ -203,8 +214,27 @@ _ENTRIES = (
     DefenseEntry(
         "hint_random", "HINT, random selection", "control", _hint(selection="random")
     ),
-    DefenseEntry("hint_identity", "HINT, identity for H⁻¹", "control", _hint_identity),
-    DefenseEntry("hint_every", "HINT, at every epoch", "control", _hint_every),
+    DefenseEntry("hint_identity", "HINT, identity for H⁻¹", "control", _hint(_identity)),
+    DefenseEntry("hint_every", "HINT, at every epoch", "control", _hint(**EVERY)),
+    DefenseEntry(
+        "hint_every_all", "HINT, at every epoch, r = 1", "control", _hint(**EVERY, ratio=1.0)
+    ),
+    DefenseEntry(
+        "hint_every_random", "HINT, at every epoch, random selection", "control",
+        _hint(**EVERY, selection="random"),
+    ),
+    DefenseEntry(
+        "hint_every_identity", "HINT, at every epoch, identity for H⁻¹", "control",
+        _hint(_identity, **EVERY),
+    ),
+    DefenseEntry(
+        "hint_every_sign", "HINT, at every epoch, sign of the map", "control",
+        _hint(_quarters, **EVERY, step="sign"),
+    ),
+    DefenseEntry(
+        "hint_every_recommended", "HINT, at every epoch, + recommended", "control",
+        _then_recommended(_hint(**EVERY)),
+    ),
     DefenseEntry("hint_sign", "HINT, sign of the map", "control", _hint(step="sign")),
     DefenseEntry("hint_mass", "HINT, r by 90 % of influence", "control", _hint(**BY_MASS)),
     DefenseEntry(
@@ -216,12 +246,23 @@ _ENTRIES = (
     ),
     DefenseEntry("friends_uniform", "FRIENDS, uniform noise", "control", _friends("uniform")),
     DefenseEntry("friends_gaussian", "FRIENDS, Gaussian noise", "control", _friends("gaussian")),
-    DefenseEntry("jpeg", "JPEG, quality 10", "control", _jpeg),
+    DefenseEntry("jpeg", "JPEG, quality 10", "control", _always(defenses.jpeg)),
     DefenseEntry(
-        "jpeg_recommended", "JPEG, quality 10, + recommended", "control", _then_recommended(_jpeg)
+        "jpeg75", "JPEG, quality 75", "control", _always(functools.partial(defenses.jpeg, 75))
     ),
     DefenseEntry(
-        "grey", "gray-scale", "control", lambda config, model, splits: defenses.gray()
+        "jpeg_recommended", "JPEG, quality 10, + recommended", "control",
+        _then_recommended(_always(defenses.jpeg)),
+    ),
+    DefenseEntry("grey", "gray-scale", "control", _always(defenses.gray)),
+    DefenseEntry("bit_depth", "two bits a channel", "control", _always(defenses.bit_depth)),
+    DefenseEntry(
+        "ueraser", "UEraser-Max", "control",
+        lambda config, model, splits: defenses.ueraser(model),
+    ),
+    DefenseEntry(
+        "projection", "orthogonal projection", "control",
+        _always(defenses.orthogonal_projection),
     ),
     DefenseEntry(
         "mixup", "MixUp", "control",
@@ -256,6 +297,27 @@ UNTARGETED = {
         AttackEntry(
             "dap", "DAP", lambda config: attacks.dap(epsilon=config.epsilon),
             "adversarial examples of the next class",
+        ),
+        AttackEntry(
+            "dap_l2", "DAP in L2", lambda config: attacks.dap(epsilon=config.epsilon_l2, norm="l2"),
+            "the same as Tao et al. have it, within --epsilon-l2",
+        ),
+        AttackEntry(
+            "tap", "TAP", lambda config: attacks.class_targeted(
+                epsilon=config.epsilon, num_steps=config.fowl_steps
+            ),
+            "DAP through random augmentation, in many small steps",
+        ),
+        AttackEntry(
+            "error_max", "error-maximizing", lambda config: attacks.error_max(
+                epsilon=config.epsilon, num_steps=config.fowl_steps
+            ),
+            "PGD through random augmentation, in many small steps",
+        ),
+        AttackEntry(
+            "durp_l2", "DURP in L2",
+            lambda config: attacks.durp(epsilon=config.epsilon_l2, norm="l2"),
+            "as Tao et al. have it, within --epsilon-l2",
         ),
         AttackEntry(
             "durp", "DURP", lambda config: attacks.durp(epsilon=config.epsilon),

@@ -60,6 +60,12 @@ class Config(Common):
 
     attacks: tuple[str, ...] = ("pgd", "dap", "durp")
     """Attacks that share the poisoned examples equally."""
+    epsilon_l2: float = 0.5
+    """Budget of dap_l2 and durp_l2: length of an image's change, in units of [0, 1]."""
+    fowl_steps: int = 250
+    """Steps of tap and error_max; Fowl et al. take 250, eight times over."""
+    surrogate: Literal["same", "vgg16"] = "same"
+    """The network that attacks are crafted against: the victim's, or a VGG-16 as in Tao et al."""
     dc: DeepConfuseConfig = dataclasses.field(default_factory=DeepConfuseConfig)
     """How long the generator of DeepConfuse, dc, is trained."""
     poison_ratios: tuple[float, ...] = (1.0,)

@@ -257,7 +257,7 @@ def prediction_file(work: Work, cell: Cell) -> Path:
 
 def defense_of(config: Config, model: models.Classifier, splits: Splits, cell: Cell) -> Defense:
     """Returns the defense of a cell."""
-    name = "none" if cell.defense == "trusted" else cell.defense
+    name = "none" if cell.defense in ("trusted", "surrogate") else cell.defense
     return registry.make_defense(name, config, model, splits)
 
 
@@ -310,7 +310,7 @@ def poisons(work: Work, cell: Cell) -> attacks.PoisonedDataset:
     path = work.output.folder / "poisons" / f"seed{cell.seed}-p{cell.poison_ratio:g}.npz"
     if not hosts.on_main(path.exists):
         config, splits = work.config, sources.load(work.config, cell.seed)
-        state = fit(work, Cell(cell.seed, 0.0, "none"), splits.train, config.recipe)
+        victim = surrogate(work, cell.seed)
 
         def progress(name, count, total):
             work.tell(f"{path.stem}: crafting {name}, {count}/{total} images")
@@ -320,7 +320,7 @@ def poisons(work: Work, cell: Cell) -> attacks.PoisonedDataset:
             splits.train,
             cell.poison_ratio,
             [registry.make_attack(config, name) for name in config.attacks],
-            attacks.Victim(work.model, state.variables),
+            victim,
             progress=progress,
         )
         more = {"dataset": config.dataset, "source": splits.source, "seed": cell.seed}
@@ -332,6 +332,23 @@ def poisons(work: Work, cell: Cell) -> attacks.PoisonedDataset:
 
         hosts.on_main(save)
     return hosts.on_all(lambda: attacks.load(path, num_classes=work.model.num_classes))
+
+
+def surrogate(work: Work, seed: int) -> attacks.Victim:
+    """Returns the network that attacks are crafted against, trained on clean data."""
+    splits, recipe = sources.load(work.config, seed), work.config.recipe
+    if work.config.surrogate == "same":
+        state = fit(work, Cell(seed, 0.0, "none"), splits.train, recipe)
+        return attacks.Victim(work.model, state.variables)
+    cell = Cell(seed, 0.0, "surrogate")
+    work = dataclasses.replace(work, model=models.vgg16(width=work.config.width))
+
+    def report(epoch, metrics):
+        accuracy = 100 * metrics["test_accuracy"]
+        work.tell(f"{cell.name}: epoch {epoch + 1}/{recipe.epochs}, test accuracy {accuracy:.1f}%")
+
+    state = fit(work, cell, splits.train, recipe, report)
+    return attacks.Victim(work.model, state.variables)
 
 
 def keep_noise(work: Work, cell: Cell) -> None:
@@ -412,6 +429,8 @@ def check(config: Config, model: models.Classifier) -> None:
         raise ValueError("name at least one attack, or only the poison ratio 0")
     registry.check_names("attacks", config.attacks, registry.UNTARGETED)
     devices.check_divisible(config.recipe.batch_size, devices.data_mesh())
+    if config.surrogate == "vgg16" and config.dataset != "cifar10":
+        raise ValueError(f"--surrogate vgg16 is for cifar10, not {config.dataset}")
     for name in config.attacks:
         registry.make_attack(config, name)
     splits = sources.load(config, config.seeds[0])

@@ -6,7 +6,9 @@ from jaxpoison.attacks._durp import durp as durp
 from jaxpoison.attacks._gradient_matching import gradient_matching as gradient_matching
 from jaxpoison.attacks._metapoison import MetaPoisonConfig as MetaPoisonConfig
 from jaxpoison.attacks._metapoison import metapoison as metapoison
+from jaxpoison.attacks._pgd import class_targeted as class_targeted
 from jaxpoison.attacks._pgd import dap as dap
+from jaxpoison.attacks._pgd import error_max as error_max
 from jaxpoison.attacks._pgd import pgd as pgd
 from jaxpoison.attacks.archive import PoisonedDataset as PoisonedDataset
 from jaxpoison.attacks.archive import Target as Target

@@ -29,10 +29,9 @@ from jaxpoison.attacks.base import (
     check_epsilon,
     checked_trials,
 )
-from jaxpoison.attacks.descent import uniform_noise
 from jaxpoison.core import devices, loops
 from jaxpoison.core.settings import check_range, plain, settle
-from jaxpoison.data import Dataset, as_dataset, check, to_float
+from jaxpoison.data import Dataset, as_dataset, balls, check, to_float
 from jaxpoison.network import Network, shared
 from jaxpoison.training._fit import epoch_order, train_step
 from jaxpoison.training.recipe import Recipe
@@ -241,7 +240,8 @@ class _Perturbation(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _start(config, epsilon, keys, bases):
     """Returns (perturbation, state of the optimizer) before the first step."""
-    noise = jax.vmap(functools.partial(uniform_noise, epsilon=epsilon))(keys, bases)
+    draw = functools.partial(balls.random_change, epsilon=epsilon, norm="linf")
+    noise = jax.vmap(draw)(keys, bases)
     points = (config.color_points,) * 3 if config.color else ()
     colors = jnp.zeros((*bases.shape[:2], *points, 3), bases.dtype)
     perturbation = _Perturbation(noise, colors)

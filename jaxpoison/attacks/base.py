@@ -1,6 +1,7 @@
 """The shape of an attack: a value with a name, a budget and a function that crafts."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -50,7 +51,8 @@ class Attack(NamedTuple):
 
     Attributes:
       name: short name, for archives and tables.
-      epsilon: largest absolute change of a pixel, in units of [0, 1].
+      epsilon: budget in units of [0, 1]: the largest absolute change of a pixel, or with
+        norm="l2" among the settings the largest length of an image's change.
       craft: see `CraftFn`.
       settings: numbers that define the attack, JSON-able, for archives.
     """
@@ -160,8 +162,13 @@ class Settings:
 
     def __post_init__(self):
         settle(self)
-        check_epsilon(self.epsilon)
+        check_epsilon(self.epsilon, self.most)
         check_range(self, "batch_size", 1, whole=True)
+
+    @property
+    def most(self) -> float:
+        """The largest budget that makes sense."""
+        return 1.0
 
     def for_archives(self) -> dict[str, Any]:
         """Returns what defines the attack, JSON-able: all but the budget and `batch_size`."""
@@ -173,10 +180,11 @@ class Settings:
         }
 
 
-def check_epsilon(epsilon: Any) -> None:
-    """Raises a ValueError unless the budget is a number in (0, 1]."""
+def check_epsilon(epsilon: Any, most: float = 1.0) -> None:
+    """Raises a ValueError unless the budget is a number in (0, most], and finite."""
     epsilon = plain(epsilon)
-    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon <= 1:
+    is_number = isinstance(epsilon, int | float) and not isinstance(epsilon, bool)
+    if not is_number or not 0 < epsilon <= most or math.isinf(epsilon):
         raise ValueError(f"epsilon is in units of pixels in [0, 1], not {epsilon!r}")
 
 
@@ -217,6 +225,17 @@ def check_key(key: Any) -> None:
     is_raw = getattr(key, "shape", None) == (2,) and key.dtype == np.uint32
     if not is_raw and not jnp.issubdtype(getattr(key, "dtype", np.void), jax.dtypes.prng_key):
         raise TypeError(f"key is a {type(key).__name__}; expected a PRNG key, jax.random.key(seed)")
+
+
+def typed_key(key: Any) -> jax.Array:
+    """Returns a PRNG key as a typed one.
+
+    Raises:
+      TypeError: if it is no key.
+    """
+    check_key(key)
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if is_typed else jax.random.wrap_key_data(key)
 
 
 def network_of(victim: Any, image_shape: Sequence[int], name: str = "victim") -> Network:

@@ -7,11 +7,6 @@ import jax.numpy as jnp
 import optax
 
 
-def uniform_noise(key: jax.Array, like: jax.Array, epsilon: float) -> jax.Array:
-    """Returns noise from U(-epsilon, epsilon), of the shape and type of `like`."""
-    return jax.random.uniform(key, like.shape, like.dtype, minval=-epsilon, maxval=epsilon)
-
-
 def normal_start(key: jax.Array, bases: jax.Array, epsilon: float) -> jax.Array:
     """Returns bases plus N(0, epsilon^2), clipped to the budget but not to the range of pixels."""
     noise = epsilon * jax.random.normal(key, bases.shape, bases.dtype)

@@ -57,6 +57,9 @@ class HintConfig:
     """"random" is a control: D_s is drawn at random."""
     schedule: tuple[int, ...] = (5, 15, 40)
     """Epochs (finished epochs, from 0) before which the noise is updated."""
+    every: int | None = None
+    """If given, `schedule` names the first update alone, and another one follows every so many
+    epochs until the end. The paper has three updates in 80 epochs."""
     solver: Literal["cg", "cholesky", "lissa", "identity"] = "cg"
     """How (H + damping I) s = v is solved; "lissa" is the authors' way (980 batches of 50)."""
     damping: float = 0.5
@@ -90,11 +93,30 @@ class HintConfig:
         check_schedule(self, "schedule")
         if not self.schedule:
             raise ValueError("schedule must name at least one epoch, it is empty")
+        if self.every is not None:
+            check_range(self, "every", 1, whole=True)
+            if len(self.schedule) > 1:
+                raise ValueError(
+                    f"schedule is {self.schedule} and every is {self.every}: with every, schedule "
+                    f"names the first update alone, such as ({min(self.schedule)},)"
+                )
         if self.late_epoch is not None:
             check_range(self, "late_epoch", 0, whole=True)
 
+    @property
+    def first(self) -> int:
+        """The epoch before which D_s is chosen."""
+        return min(self.schedule)
+
+    def updates(self, num_epochs: int) -> tuple[int, ...]:
+        """Returns the epochs before which a run of `num_epochs` updates the noise, ascending."""
+        if self.every is not None:
+            return tuple(range(self.first, num_epochs, self.every))
+        return tuple(sorted(epoch for epoch in set(self.schedule) if epoch < num_epochs))
+
 
 PAPER = HintConfig()
+EVERY_EPOCH = HintConfig(schedule=(1,), every=1)
 RELEASED_CODE = HintConfig(
     beta=16 / 255,
     solver="lissa",
@@ -199,9 +221,9 @@ def on_epoch(
 ) -> tuple[HintState, Dataset, Info]:
     """Updates the noise where the schedule asks for it, and adds it; see `hooks.EpochFn`."""
     info = UNCHANGED
-    if epoch in run.config.schedule:
+    if epoch in run.config.updates(epoch + 1):
         state, info = update(run, trusted, state, epoch, train_state, dataset)
-    if epoch >= min(run.config.schedule):
+    if epoch >= run.config.first:
         dataset = with_noise(state, dataset)
     return state, dataset, info
 
@@ -213,7 +235,7 @@ def update(
     config, variables, lap = run.config, train_state.variables, _Laps()
     network = run.network.for_images(dataset.images.shape[1:]).without_variables()
     over = functools.partial(features, network, variables, batch_size=run.batch_size, mesh=run.mesh)
-    first = epoch == min(config.schedule)
+    first = epoch == config.first
     current = hessian_examples(config, first, state, dataset)
     train = lap("features", (over(current.images), current.labels))
     group = lap("features", (over(trusted.images), trusted.labels))

@@ -10,7 +10,7 @@ Cost: `num_steps` forward and backward passes to the pixels more, at every step 
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,13 @@ import optax
 
 from jaxpoison.core import loops
 from jaxpoison.core.settings import check_range, settle
-from jaxpoison.data import Dataset, check
+from jaxpoison.data import Dataset, balls, check
 from jaxpoison.defenses._checks import check_between, check_choices, check_kind, check_schedule
 from jaxpoison.network import Network, as_network
 from jaxpoison.training.hooks import Defense, Info
+
+STEPS = {"l2": 1 / 5, "linf": 0.007 / 0.031}
+"""Size of a step over epsilon."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class FatConfig:
     epsilon: float = 0.25
     """Radius of the ball, in units of [0, 1]. HINT's paper gives 0.25 against untargeted attacks
     and 0.062 against targeted ones, and no norm; its clean accuracies are possible in L2 only."""
-    norm: Literal["l2", "linf"] = "l2"
+    norm: balls.Norm = "l2"
     """The norm of the ball."""
     num_steps: int = 10
     """Most steps of ascent."""
@@ -93,9 +96,10 @@ class FriendlyAscent:
 
     def __call__(self, state: Any, key: jax.Array, train_state: Any, batch: Dataset) -> Dataset:
         images = batch.images
-        ball = _BALLS[self.config.norm](self.config.epsilon)
+        epsilon, norm = self.config.epsilon, self.config.norm
         start_key, steps_key = jax.random.split(key)
-        start = jnp.clip(images + ball.random(start_key, images), 0.0, 1.0)
+        start = images + balls.random_change(start_key, images, epsilon, norm)
+        start = jnp.clip(start, 0.0, 1.0)
         everywhere = jnp.full(len(images), state), jnp.ones(len(images), bool)
         variables = jax.lax.stop_gradient(train_state.variables)
         step = functools.partial(ascend, self.network, self.config, variables, batch)
@@ -118,13 +122,14 @@ def ascend(
       key: PRNG key of the step.
     """
     x, patience, active = carry
-    ball = _BALLS[config.norm](config.epsilon)
     losses = functools.partial(loss_and_misses, network, variables, batch.labels)
     gradient, wrong = jax.grad(losses, has_aux=True)(x)
     active = active & ~(wrong & (patience == 0))
     patience = jnp.where(wrong, patience - 1, patience)
     noise = config.jitter * jax.random.normal(key, x.shape, x.dtype)
-    moved = batch.images + ball.project(x + ball.step(gradient) + noise - batch.images)
+    step = STEPS[config.norm] * config.epsilon * balls.steepest(gradient, config.norm)
+    change = balls.project(x + step + noise - batch.images, config.epsilon, config.norm)
+    moved = batch.images + change
     x = jnp.where(active[:, None, None, None], jnp.clip(moved, 0.0, 1.0), x)
     return (x, patience, active), ()
 
@@ -136,48 +141,3 @@ def loss_and_misses(
     logits = network.logits(variables, images)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.sum(losses), jnp.argmax(logits, axis=-1) != labels
-
-
-class _L2:
-    """The Euclidean ball over all pixels and channels of an image."""
-
-    def __init__(self, epsilon):
-        self.epsilon = epsilon
-
-    def random(self, key, images):
-        return self.epsilon * _unit(jax.random.normal(key, images.shape, images.dtype))
-
-    def step(self, gradient):
-        return self.epsilon / 5 * _unit(gradient)
-
-    def project(self, change):
-        size = _norms(change)
-        return change * jnp.minimum(1.0, self.epsilon / jnp.maximum(size, 1e-12))
-
-
-class _Linf:
-    """The cube."""
-
-    def __init__(self, epsilon):
-        self.epsilon = epsilon
-
-    def random(self, key, images):
-        span = self.epsilon
-        return jax.random.uniform(key, images.shape, images.dtype, minval=-span, maxval=span)
-
-    def step(self, gradient):
-        return 0.007 / 0.031 * self.epsilon * jnp.sign(gradient)
-
-    def project(self, change):
-        return jnp.clip(change, -self.epsilon, self.epsilon)
-
-
-def _norms(images):
-    return jnp.sqrt(jnp.sum(images**2, axis=(1, 2, 3), keepdims=True))
-
-
-def _unit(images):
-    return images / jnp.maximum(_norms(images), 1e-12)
-
-
-_BALLS = {"l2": _L2, "linf": _Linf}

@@ -1,4 +1,4 @@
-"""Squeezing: JPEG and grayscale, by which small perturbations lose most of what they carry.
+"""Squeezing: JPEG, grayscale and fewer bits, by which small perturbations lose what they carry.
 
 After image shortcut squeezing (Liu et al. 2023, arXiv 2301.13838). Only the training set is
 squeezed: what is trained must work on images as they come.
@@ -103,6 +103,35 @@ def _without_color(dataset):
     weights = jnp.asarray(LUMA, images.dtype)
     luma = jnp.tensordot(images, weights, 1, precision=jax.lax.Precision.HIGHEST)
     return dataset._replace(images=jnp.broadcast_to(luma[..., None], images.shape))
+
+
+def bit_depth(bits: int = 2) -> Defense:
+    """Returns the defense that trains on images of fewer levels: round(L x) / L, L = 2^bits - 1.
+
+    Args:
+      bits: of each channel, 1 to 7; 2 is that of the paper.
+
+    Raises:
+      ValueError: for another number; from `init`, for a bad training set.
+    """
+    bits = plain(bits)
+    if type(bits) is not int or not 1 <= bits <= 7:
+        raise ValueError(f"the bits of a channel are a whole number from 1 to 7, not {bits!r}")
+    return Defense(_init_bits, functools.partial(_on_epoch_bits, bits))
+
+
+def _init_bits(key, dataset, num_epochs):
+    check(dataset)
+    return ()
+
+
+def _on_epoch_bits(bits, state, epoch, train_state, dataset):
+    return state, _of_fewer_levels(dataset, 2**bits - 1), Info(changed=epoch == 0)
+
+
+@jax.jit
+def _of_fewer_levels(dataset, top):
+    return dataset._replace(images=jnp.round(to_float(dataset.images) * top) / top)
 
 
 def _check_channels(dataset, allowed, what):

@@ -16,3 +16,4 @@ from jaxpoison.models.mobilenet import mobilenet_v2 as mobilenet_v2
 from jaxpoison.models.resnet import resnet18 as resnet18
 from jaxpoison.models.resnet import resnet50 as resnet50
 from jaxpoison.models.unet import UNet as UNet
+from jaxpoison.models.vgg import vgg16 as vgg16
