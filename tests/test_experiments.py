@@ -18,6 +18,7 @@ import untargeted
 from common import cli, predictions, registry, sources, study
 from programs import ROOT, environment, refusal, run_script, script_command, squeezed
 
+from jaxpoison import attacks
 from jaxpoison.defenses import HintConfig
 from jaxpoison.runs import pictures
 
@@ -267,3 +268,20 @@ def test_every_name_is_listed_once_in_lines_that_fit():
     for path in (ROOT / "experiments").glob("*.py"):
         text = ast.get_docstring(ast.parse(path.read_text()))
         assert max(map(len, text.splitlines())) <= 80, path.name
+
+
+def test_the_scale_of_the_papers_in_small(tmp_path):
+    flags = ("--preset", "tiny", "--parts", "dap_l2", "--base.defenses", "none", "jpeg")
+    small = ("--base.train-examples", "64", "--base.test-examples", "20")
+    done = run("paper_scale.py", tmp_path / "run", *flags, *small)
+    assert done.returncode == 0, done.stderr
+    assert "seed0-p0-surrogate: epoch 2/2" in done.stdout
+    report = squeezed((tmp_path / "run" / "report.md").read_text())
+    assert "## DAP alone, as Tao et al. have it" in report and "within 0.5 in L2" in report
+    assert "JPEG, quality 10" in report and "## TAP" not in report
+    (archive,) = (tmp_path / "run" / "dap_l2" / "poisons").iterdir()
+    poisoned = attacks.load(archive)
+    (settings,) = poisoned.config["attacks"]
+    assert (settings["norm"], settings["epsilon"], settings["num_steps"]) == ("l2", 0.5, 100)
+    again = run("paper_scale.py", tmp_path / "run", *flags, *small)
+    assert again.returncode == 0 and ", loss" not in again.stdout

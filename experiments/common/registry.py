@@ -16,7 +16,8 @@ from jaxpoison.defenses import Defense
 
 Make = Callable[[Common, models.Classifier, Splits], Defense]
 RATIOS, BETAS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0), (0.031, 0.062, 0.125, 0.25)
-BY_MASS = {"ratio": 1.0, "mass": 0.9}  # the smallest r that holds 90 % of all influence
+# The smallest r that holds 90 % of all influence.
+BY_MASS: dict[str, Any] = {"ratio": 1.0, "mass": 0.9}
 
 
 def no_events(config: Common) -> tuple[int, ...]:
@@ -299,8 +300,8 @@ UNTARGETED = {
             "adversarial examples of the next class",
         ),
         AttackEntry(
-            "dap_l2", "DAP in L2", lambda config: attacks.dap(epsilon=config.epsilon_l2, norm="l2"),
-            "the same as Tao et al. have it, within --epsilon-l2",
+            "dap_l2", "P1", lambda config: attacks.dap(epsilon=config.epsilon_l2, norm="l2"),
+            "DAP as Tao et al. have it, within --epsilon-l2",
         ),
         AttackEntry(
             "tap", "TAP", lambda config: attacks.class_targeted(
@@ -315,9 +316,9 @@ UNTARGETED = {
             "PGD through random augmentation, in many small steps",
         ),
         AttackEntry(
-            "durp_l2", "DURP in L2",
+            "durp_l2", "P5",
             lambda config: attacks.durp(epsilon=config.epsilon_l2, norm="l2"),
-            "as Tao et al. have it, within --epsilon-l2",
+            "DURP as Tao et al. have it, within --epsilon-l2",
         ),
         AttackEntry(
             "durp", "DURP", lambda config: attacks.durp(epsilon=config.epsilon),
@@ -394,6 +395,14 @@ TRANSFER = {
 def make_attack(config: Config, name: str) -> Attack:
     """Returns an untargeted attack by its name."""
     return UNTARGETED[name].make(config)
+
+
+def budget(config: Config) -> str:
+    """Returns how far the attacks of a run may change an image, in words."""
+    in_l2 = [name.endswith("_l2") for name in config.attacks]
+    pixels = f"within ±{255 * config.epsilon:.3g}/255"
+    length = f"within {config.epsilon_l2:g} in L2"
+    return pixels if not any(in_l2) else length if all(in_l2) else f"{pixels} or {length}"
 
 
 def make_defense(name: str, config: Common, model: models.Classifier, splits: Splits) -> Defense:

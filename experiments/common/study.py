@@ -71,7 +71,7 @@ def study(config: Config) -> None:
             work.done += budgets[cell]
     rows = sorted(output.rows(), key=tables.place)  # those of earlier runs in this folder, too
     names = " + ".join(registry.UNTARGETED[name].label for name in config.attacks)
-    attack = f"{names} within ±{255 * config.epsilon:.3g}/255"
+    attack = f"{names} {registry.budget(config)}"
     text = tables.comparison(rows, config.dataset, config.data, attack, splits.source)
     output.write_result(rows, text, kind="untargeted", source=splits.source, attack=attack)
     draw_pictures(work, rows)
@@ -113,8 +113,8 @@ def conclusion(work: Work, lines: list[summary.Line]) -> str:
     num_trusted = len(splits.validation.labels)
     caption = wrapped(
         f"{splits.source[0].upper()}{splits.source[1:]}: {max(config.poison_ratios):.0%} of "
-        f"{len(splits.train.labels):,} training images poisoned, each pixel by at most "
-        f"±{255 * config.epsilon:.3g}/255, labels left as they were. Accuracy after the last epoch "
+        f"{len(splits.train.labels):,} training images poisoned {registry.budget(config)}, labels "
+        "left as they were. Accuracy after the last epoch "
         f"on {len(splits.test.labels):,} test images, by which nothing was chosen."
     )
     story = wrapped(
