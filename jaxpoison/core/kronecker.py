@@ -64,8 +64,8 @@ class LayerBlock:
         kernel, *bias = leaves
         width = kernel.shape[-1]
         u = jnp.concatenate([kernel.reshape(-1, width), *(b[None] for b in bias)])
-        u = rotated(u, self.inputs, self.outputs) * scale(self.eigenvalues)
-        u = rotated(u, self.inputs.T, self.outputs.T)
+        u = _rotated(u, self.inputs, self.outputs) * scale(self.eigenvalues)
+        u = _rotated(u, self.inputs.T, self.outputs.T)
         last = len(u) - len(bias)
         return [u[:last].reshape(kernel.shape), *u[last:]]
 
@@ -156,10 +156,9 @@ class KroneckerFactors:
         return treedef.unflatten([wide[name].astype(x.dtype) for name, x in leaves.items()])
 
 
-def rotated(u: jax.Array, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
-    """Returns inputs^T u outputs, for u `[..., d, F]`, in full precision."""
-    u = jnp.einsum("da,...df->...af", inputs, u, precision=HIGHEST)
-    return jnp.einsum("...af,fb->...ab", u, outputs, precision=HIGHEST)
+def _rotated(u: jax.Array, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
+    """Returns inputs^T u outputs, for u `[d, F]`, in full precision."""
+    return jnp.linalg.multi_dot([inputs.T, u, outputs], precision=HIGHEST)
 
 
 def named_leaves(tree: Params) -> tuple[dict[str, jax.Array], Any]:

@@ -48,7 +48,6 @@ from jaxpoison.core.kronecker import (
     KroneckerFactors,
     LayerBlock,
     named_leaves,
-    rotated,
 )
 from jaxpoison.core.layers import Layer, TappedFn, no_tap
 from jaxpoison.core.programs import is_traced
