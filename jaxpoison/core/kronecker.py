@@ -24,7 +24,7 @@ HIGHEST = lax.Precision.HIGHEST
 Scale = Callable[[jax.Array], jax.Array]
 
 
-def _block(*static: str) -> Callable[[type], type]:
+def _block(*static: str) -> Callable[[type[Any]], type[Any]]:
     """Returns the decorator of a block: a frozen pytree whose fields `static` are no arrays.
 
     Two blocks are equal if they are one and the same; so they may be looked up, arrays and all.
@@ -119,10 +119,11 @@ class KroneckerFactors:
     `curvature.ekfac`.
 
     Attributes:
-      blocks: one for each layer, and those of the other leaves.
+      blocks: a `LayerBlock` for each layer, then a `DenseBlock` or `DiagonalBlock` for each group of
+        other leaves.
     """
 
-    blocks: tuple[LayerBlock | DenseBlock | DiagonalBlock, ...]
+    blocks: tuple[Any, ...]
 
     def product(self, u: Params) -> Params:
         """Returns C u, for u shaped like the parameters."""

@@ -192,11 +192,11 @@ class NnxNetwork(LayeredNetwork):
         return self._run(variables, x, None, watch=watch, **kwargs)[0]
 
     def tapped_logits(self, variables, images, tap):
-        def see(path, layer, inputs, kwargs, output, here):
-            return tap(_described(path, layer), inputs, output)
-
         def watch(path, layer):
-            return see if _described(path, layer) is not None else None
+            described = _described(path, layer)
+            if described is None:
+                return None
+            return lambda path, layer, inputs, kwargs, output, here: tap(described, inputs, output)
 
         return check_logits(self.name, self._run(variables, images, None, watch=watch)[0])
 
