@@ -119,8 +119,8 @@ class KroneckerFactors:
     `curvature.ekfac`.
 
     Attributes:
-      blocks: a `LayerBlock` for each layer, then a `DenseBlock` or `DiagonalBlock` for each group of
-        other leaves.
+      blocks: a `LayerBlock` for each layer, then a `DenseBlock` or a `DiagonalBlock` for each group
+        of other leaves.
     """
 
     blocks: tuple[Any, ...]
