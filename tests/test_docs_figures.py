@@ -89,3 +89,21 @@ def test_what_hint_costs():
     assert shown is not None
     assert shown[1] == f"{result['overhead']:.3f}"
     assert shown[2] == f"{result['overhead_predicted']:.3f}"
+
+
+def test_products_that_solves_over_a_whole_network_take():
+    folder = ROOT / "benchmarks"
+    result = json.loads((folder / "results" / "kronecker_narrow.json").read_text(encoding="utf-8"))
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    lines = re.split(r"^### Whole networks and EK-FAC$", text, flags=re.M)[1].split("\n### ")[0]
+    shown = [line.strip("|").split("|") for line in re.findall(r"^\| [\d.]+ .*$", lines, re.M)]
+    solvers = ("cg", "cg, EK-FAC", "cg, EK-FAC at 30 times the damping", "cg, Nystrom")
+    assert [float(cells[0]) for cells in shown] == result["settings"]["dampings"]
+    for share, *cells in shown:
+        rows = {row["solver"]: row for row in result["rows"] if row["damping"] == float(share)}
+        over = f"over {result['settings']['most']}"
+        wanted = [", ".join(str(n or over) for n in rows[name]["products"]) for name in solvers]
+        for name in ("EK-FAC", "K-FAC"):
+            row = rows[name]
+            wanted.append(f"{row['residual']:.3g}, {row['correlation']:.2f}")
+        assert [cell.strip() for cell in cells] == wanted

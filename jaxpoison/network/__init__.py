@@ -12,6 +12,7 @@ from jaxpoison.network._passes import (
     over_set,
     predict,
     shared,
+    tapped_logits,
 )
 from jaxpoison.network.base import Network, Tap, is_batch_norm
 
@@ -30,4 +31,5 @@ __all__ = [
     "over_set",
     "predict",
     "shared",
+    "tapped_logits",
 ]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpoison.core import layers
 from jaxpoison.network.base import Network, Path, as_float32, check_logits, found_at, placed
 
 # Arguments by which modules are told their mode, and whether True means training.
@@ -213,6 +214,44 @@ def by_name(calls: Sequence[Call]) -> dict[str, jax.Array]:
         counts[name] += 1
         found[name if counts[name] == 1 else f"{name}#{counts[name]}"] = call.inputs
     return found
+
+
+def dense_layer(path: Path, layer: Any) -> layers.DenseLayer:
+    """Returns the description of a Linen or NNX dense layer at `path`."""
+    return layers.DenseLayer(*_paths(path, layer))
+
+
+def conv_layer(path: Path, layer: Any) -> layers.ConvLayer | None:
+    """Returns the description of a Linen or NNX convolution, or None if `ConvLayer` is not it."""
+    num_axes = len(_per_axis(layer.kernel_size, 1))
+    padding = layer.padding
+    if isinstance(padding, int):
+        padding = ((padding, padding),) * num_axes
+    elif not isinstance(padding, str):
+        padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
+    plain = (
+        layer.feature_group_count == 1
+        and layer.mask is None
+        and set(_per_axis(layer.input_dilation or 1, num_axes)) == {1}
+        and not (isinstance(padding, str) and padding not in ("SAME", "VALID"))
+    )
+    if not plain:
+        return None
+    return layers.ConvLayer(
+        *_paths(path, layer),
+        strides=_per_axis(layer.strides or 1, num_axes),
+        padding=padding,
+        dilation=_per_axis(layer.kernel_dilation or 1, num_axes),
+    )
+
+
+def _paths(path, layer):
+    name = "/".join(path)
+    return f"{name}/kernel", f"{name}/bias" if layer.use_bias else None
+
+
+def _per_axis(value, num_axes):
+    return (value,) * num_axes if isinstance(value, int) else tuple(value)
 
 
 def named_head(head: str | None) -> dict[str, Any]:

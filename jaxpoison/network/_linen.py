@@ -18,6 +18,8 @@ from jaxpoison.network._layers import (
     Call,
     LayeredNetwork,
     by_name,
+    conv_layer,
+    dense_layer,
     mode_arguments,
     named_head,
     settings_of_modes,
@@ -25,6 +27,7 @@ from jaxpoison.network._layers import (
 from jaxpoison.network.base import (
     Network,
     check_logits,
+    found_at,
     is_batch_norm,
 )
 
@@ -155,6 +158,19 @@ class LinenNetwork(LayeredNetwork):
         )
         return output, by_name(calls)
 
+    def tapped_logits(self, variables, images, tap):
+        def interceptor(next_fn, args, kwargs, context):
+            output = next_fn(*args, **kwargs)
+            module = context.module
+            layer = None if context.method_name != "__call__" else _described(module)
+            # Tied weights are another layer's, or no parameters of this one.
+            if layer is None or found_at(variables["params"], (*module.path, "kernel")) is None:
+                return output
+            return tap(layer, args[0] if args else kwargs["inputs"], output)
+
+        with nn.intercept_methods(interceptor):
+            return self.logits(variables, images)
+
     def _name(self):
         return type(self.module).__name__
 
@@ -249,6 +265,13 @@ def _recorded(module, variables, x, select, kwargs) -> tuple[Any, list[Call]]:
     # A layer that was not traced itself is in a module that was, or in one of that kind.
     calls.sort(key=lambda each: [order.get(each[0][: n + 1], 0) for n in range(len(each[0]))])
     return output, [Call(path, *pair) for path, pairs in calls for pair in pairs]
+
+
+def _described(module):
+    """Returns the description of a linear layer, or None for other modules."""
+    if isinstance(module, nn.Dense):
+        return dense_layer(module.path, module)
+    return conv_layer(module.path, module) if isinstance(module, nn.Conv) else None
 
 
 def _plain(variables):

@@ -19,6 +19,8 @@ from jaxpoison.network._layers import (
     Call,
     LayeredNetwork,
     by_name,
+    conv_layer,
+    dense_layer,
     mode_arguments,
     named_head,
     origin,
@@ -189,6 +191,15 @@ class NnxNetwork(LayeredNetwork):
 
         return self._run(variables, x, None, watch=watch, **kwargs)[0]
 
+    def tapped_logits(self, variables, images, tap):
+        def watch(path, layer):
+            described = _described(path, layer)
+            if described is None:
+                return None
+            return lambda path, layer, inputs, kwargs, output, here: tap(described, inputs, output)
+
+        return check_logits(self.name, self._run(variables, images, None, watch=watch)[0])
+
     def taps(self, variables, x, *, select=None, **kwargs):
         calls: list[Call] = []
 
@@ -297,6 +308,13 @@ class NnxNetwork(LayeredNetwork):
         ]
 
 
+def _described(path, layer):
+    """Returns the description of a linear layer, or None for other modules."""
+    if isinstance(layer, nnx.Linear):
+        return dense_layer(path, layer)
+    return conv_layer(path, layer) if isinstance(layer, nnx.Conv) else None
+
+
 def _split(model):
     """Returns (graphdef in evaluation mode, variables, leaves) of a copy of `model`."""
     model = nnx.clone(model)
@@ -378,7 +396,8 @@ def _watch(model, watch):
       model: a merged module, changed in place.
       watch: `watch(path, layer)` returns None, or what is called after each call of that layer,
         as `see(path, layer, inputs, kwargs, output, here)`. `here` is whether the call is part of
-        the trace that `_watch` was called in, so that its arrays may leave the model.
+        the trace that `_watch` was called in, so that its arrays may leave the model. What it
+        returns, unless None, takes the place of the output.
     """
     trace = core.get_opaque_trace_state()
     for path, layer in _modules(model):
@@ -394,7 +413,8 @@ def _show(see, path, trace, call, layer, args, kwargs, output):
     named = given.pop("kwargs", {})
     _, inputs, *_ = given.values()
     others = dict(list(given.items())[2:]) | named
-    see(path, layer, inputs, others, output, core.get_opaque_trace_state() == trace)
+    shown = see(path, layer, inputs, others, output, core.get_opaque_trace_state() == trace)
+    return output if shown is None else shown
 
 
 @functools.cache
@@ -403,7 +423,6 @@ def _watched(kind):
 
     def __call__(self, *args, **kwargs):
         output = kind.__call__(self, *args, **kwargs)
-        getattr(self, _HOOK)(self, args, kwargs, output)
-        return output
+        return getattr(self, _HOOK)(self, args, kwargs, output)
 
     return type(kind)(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})

@@ -4,6 +4,7 @@ A function made at a call is compiled at each call. So what is compiled is made 
 function of hashable arguments, through `shared`: equal arguments give the same object.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxpoison.core import devices, loops
+from jaxpoison.core import devices, layers, loops
 from jaxpoison.data import to_float
 from jaxpoison.network._make import as_network
 from jaxpoison.network.base import Network
@@ -152,6 +153,35 @@ def accuracy(
     """
     predicted = predict(model, variables, images, batch_size=batch_size, mesh=mesh)
     return float(jnp.mean(predicted == labels))
+
+
+def tapped_logits(model: Any, variables: Any) -> jax.tree_util.Partial:
+    """Returns `apply(params, images, tap=no_tap) -> logits`, a function of `params` alone.
+
+    It is the network in evaluation mode, which hands each dense layer and convolution to `tap` on
+    the way, for `curvature.ekfac` and `curvature.kfac`; without a tap it is what
+    `curvature.gauss_newton` takes. It is a pytree that holds the other collections, such as
+    BatchNorm's averages; those of equal networks are compiled once.
+
+    Args:
+      model: a `Network`, or what `as_network` takes; of Linen or NNX modules.
+      variables: its variables.
+
+    Returns:
+      A function of `params`, shaped like `variables["params"]`, and images, float [B, H, W, C] in
+      [0, 1].
+    """
+    network = as_network(model).without_variables()
+    rest = {name: variables[name] for name in variables if name != "params"}
+    return jax.tree_util.Partial(_TappedLogits(network), rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TappedLogits:
+    network: Network
+
+    def __call__(self, rest, params, images, tap=layers.no_tap):
+        return self.network.tapped_logits({**rest, "params": params}, images, tap)
 
 
 def _pass(fn, model, variables, images, batch_size, mesh):

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import core
 
+from jaxpoison.core import layers
+
 Variables = Mapping[str, Any]
 Path = tuple[str, ...]
 Tap = Callable[[str, Any, jax.Array, Mapping[str, Any]], None]
@@ -145,6 +147,26 @@ class Network(abc.ABC):
         raise ValueError(
             f"{type(self).__name__} has no layers to tap: only networks made of Linen or NNX "
             "modules have (from_linen, from_nnx)"
+        )
+
+    def tapped_logits(self, variables: Variables, images: jax.Array, tap: layers.Tap) -> jax.Array:
+        """Returns the logits in evaluation mode, with `tap` called by each linear layer.
+
+        Those are dense layers and convolutions (without groups, or a padding that depends on the
+        values), by the paths of their weights in `params`; see `core.layers`. What `tap` returns
+        takes the place of the layer's output. `tapped_logits`, the function, is how it is used.
+
+        Args:
+          variables: of the network.
+          images: float [B, H, W, C] in [0, 1].
+          tap: `tap(layer, inputs, output) -> output`.
+
+        Raises:
+          ValueError: if the network has no layers.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no layers to tap: write the function so that it calls tap "
+            "itself, apply(params, images, tap=curvature.no_tap)"
         )
 
     def without_variables(self) -> "Network":

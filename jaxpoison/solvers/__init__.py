@@ -6,6 +6,7 @@ factory returns a solver `(matvec, rhs, *, sample, key, progress) -> Solution`:
     cg         conjugate gradients: the one to take when in doubt
     cholesky   writes H out: small last layers
     nystrom    a low-rank sketch of H: many right-hand sides, moderate accuracy
+    ekfac      the inverse of a Kronecker-factored approximation of H: whole networks, one product
     lissa      a stochastic Neumann series: what the papers used
     identity   H = I: the ablation
 
@@ -22,6 +23,8 @@ factorization or a sketch, is computed once. `spectrum` shows which damping and 
 
 from jaxpoison.solvers._cg import cg as cg
 from jaxpoison.solvers._cholesky import cholesky as cholesky
+from jaxpoison.solvers._kronecker import ekfac as ekfac
+from jaxpoison.solvers._kronecker import kronecker_preconditioner as kronecker_preconditioner
 from jaxpoison.solvers._lissa import lissa as lissa
 from jaxpoison.solvers._lissa import lissa_from_authors as lissa_from_authors
 from jaxpoison.solvers._nystrom import nystrom as nystrom

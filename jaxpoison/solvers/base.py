@@ -180,8 +180,8 @@ def _advice(status: Status, condition: float, dtype: Any) -> str:
         Status.NOISY: (
             "It is usable but noisy, and did not converge to the tolerance asked for. For lissa "
             "raise num_steps (several times scale / damping), batch_size or num_repeats; for "
-            "nystrom raise rank; or use cg. For cg rounding is the limit: raise damping or "
-            "tolerance, or use more precise products."
+            "nystrom raise rank; for ekfac raise damping; or use cg. For cg rounding is the limit: "
+            "raise damping or tolerance, or use more precise products."
         ),
         Status.OUT_OF_STEPS: (
             "It ran out of steps. Raise the number of steps (max_steps, num_steps, rank) or "
@@ -199,7 +199,8 @@ def _advice(status: Status, condition: float, dtype: Any) -> str:
         Status.DIVERGED: (
             "It diverged. For lissa raise scale tenfold, or leave scale=None. If the loss is not "
             "convex in these parameters, damping must exceed the most negative eigenvalue of H; "
-            "curvature.gauss_newton has none."
+            "curvature.gauss_newton has none. For ekfac the factors are too far from H at this "
+            "damping: use cg."
         ),
         Status.PRODUCT_NOT_FINITE: (
             "A product with H is NaN or infinite: look for NaN, infinities and huge numbers in the "
@@ -336,7 +337,7 @@ def solve_and_measure(
     # A finite answer to a question that is NaN, such as x = 0, would give finite scores.
     value = jax.tree.map(lambda a: jnp.where(answered, a, jnp.nan), value)
     given = jnp.broadcast_to(lax.stop_gradient(jnp.asarray(damping, size.dtype)), size.shape)
-    return Solution(value, residual, num_steps, status, top.astype(size.dtype), given)
+    return Solution(value, residual, num_steps, status, jnp.asarray(top, size.dtype), given)
 
 
 def _check_not_empty(rhs):
