@@ -4,7 +4,6 @@ import sys
 
 import numpy as np
 import pytest
-from scipy import linalg
 
 from jaxpoison import filters
 
@@ -55,61 +54,6 @@ def test_spectral_scores_are_projections_on_the_first_singular_vector(centered):
         want = score >= np.sort(score)[-drop]
         np.testing.assert_array_equal(result.is_poison[mine], want)
     assert result.real_label is None and result.distances is None
-
-
-def spectre_in_numpy(x, share, max_components, alpha, num_steps):
-    """Scores of one class, written out in float64."""
-    around = x - x.mean(0)
-    count = len(x)
-    reduced = around @ np.linalg.svd(around, full_matrices=False)[2].T
-    best = None
-    for k in (1, 2, 4, 8):
-        if k > max_components or (k > 1 and 2 * k > count):
-            continue
-        z, kept = reduced[:, :k], np.ones(count, bool)
-        for step in range(num_steps + 1):
-            mean, spread = z[kept].mean(0), np.cov(z[kept].T, bias=True).reshape(k, k)
-            lengths = np.einsum("ni,ij,nj->n", z - mean, np.linalg.inv(spread), z - mean)
-            if step < num_steps:
-                kept = np.isin(
-                    np.arange(count), np.argsort(lengths)[: int(np.ceil((1 - share) * count))]
-                )
-        factor = k * (1 - 2 / (9 * k)) ** 3 / np.median(lengths)
-        values, vectors = np.linalg.eigh(spread)
-        white = np.sqrt(factor) * (z - mean) @ (vectors / np.sqrt(values)) @ vectors.T
-        c = white.T @ white / count
-        q = linalg.expm(alpha * (c - np.eye(k)) / (np.linalg.norm(c, 2) - 1))
-        que = np.einsum("ni,ij,nj->n", white, q, white) / np.trace(q)
-        if best is None or que.mean() > best.mean():
-            best = que
-    return best
-
-
-def test_spectre_equals_its_equations_in_numpy():
-    x, y = features(seed=3)
-    x[:4] += 6 * np.eye(D)[-1]  # so that more varies than is honest
-    result = filters.spectre(x, y, poison_share=0.1, max_components=8, alpha=2.0, num_steps=5)
-    for label in (10, 20, 30):
-        mine = y == label
-        want = spectre_in_numpy(x[mine].astype(np.float64), 0.15, 8, 2.0, 5)
-        np.testing.assert_allclose(result.score[mine], want, rtol=2e-3, atol=1e-3)
-        drop = int(0.15 * mine.sum())
-        np.testing.assert_array_equal(result.is_poison[mine], want >= np.sort(want)[-drop])
-
-
-def test_spectre_finds_poisons_across_the_main_direction_where_spectral_signatures_does_not():
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((800, 16)) * np.geomspace(20, 0.1, 16)
-    y, poisons = np.arange(800) % 2, np.arange(0, 80, 2)  # 10% of the first class
-    x[poisons, 9] += 6  # in units of 1.2, next to a spread of 20 elsewhere
-    found = {
-        rival: filter_(x, y).is_poison[poisons].mean()
-        for rival, filter_ in (
-            ("spectre", filters.spectre),
-            ("spectral", filters.spectral_signatures),
-        )
-    }
-    assert found["spectre"] > 0.95 and found["spectral"] < 0.3
 
 
 def test_a_share_of_two_thirds_keeps_one_example_of_each_class():
@@ -223,7 +167,6 @@ def test_without_cleanlab_the_error_says_what_to_install(monkeypatch):
 FILTERS = [
     filters.deep_knn,
     filters.spectral_signatures,
-    filters.spectre,
     filters.activation_clustering,
     filters.l2_centroid,
     filters.feature_centroid,
@@ -262,9 +205,6 @@ def test_bad_input():
         (lambda: filters.deep_knn(x, y, k=90), "k must be between 1 and 89"),
         (lambda: filters.deep_knn(x, y, k=0, exclude_self=False), "between 1 and 90"),
         (lambda: filters.spectral_signatures(x, y, poison_share=1.2), "poison_share must be"),
-        (lambda: filters.spectre(x, y, poison_share=0.4), "a share below 1/3, such as 0.1"),
-        (lambda: filters.spectre(x, y, max_components=0), "max_components must be a whole number"),
-        (lambda: filters.spectre(x, y, alpha=-1), "alpha must be a finite number"),
         (lambda: filters.l2_centroid(x, y, share=-1), "share must be in"),
         (lambda: filters.l2_centroid(x, y, rule="cube"), "rule must be"),
         (lambda: filters.activation_clustering(x, y, num_components=13), "between 1 and 12"),

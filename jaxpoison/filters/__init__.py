@@ -34,4 +34,3 @@ from jaxpoison.filters.result import FilterResult as FilterResult
 from jaxpoison.filters.settings import PAPER as PAPER
 from jaxpoison.filters.settings import FilterSettings as FilterSettings
 from jaxpoison.filters.spectral import spectral_signatures as spectral_signatures
-from jaxpoison.filters.whitening import spectre as spectre
