@@ -243,9 +243,10 @@ def _trigger(entries, num_classes, name) -> Trigger | None:
     if isinstance(target_class, bool) or not isinstance(target_class, int):
         raise ValueError(f"{name}: the trigger's target class is {target_class!r}, no class number")
     check_range(np.array([target_class]), num_classes, f"{name}: target class of the trigger")
-    trigger = Trigger(kind, entries["trigger_field"], target_class)
+    field = entries["trigger_field"]
+    trigger = Trigger(kind, field, target_class)
     check_trigger(trigger, entries["images"].shape[1:], f"{name}: trigger")
-    check_finite(trigger.field[None], f"{name}: field of the trigger")
-    if kind == "overlay" and not (trigger.field.min() >= 0 and trigger.field.max() <= 1):
+    check_finite(field[None], f"{name}: field of the trigger")
+    if kind == "overlay" and not (field.min() >= 0 and field.max() <= 1):
         raise ValueError(f"{name}: an overlay's pixels and opacity must lie in [0, 1]")
     return trigger
