@@ -10,7 +10,7 @@ import pytest
 from networks import Tanh, classifier, one_device
 from scipy import ndimage
 
-from jaxpoison import attacks, evaluation, training
+from jaxpoison import attacks, evaluation, filters, network, training
 from jaxpoison.attacks.wanet import noisy
 from jaxpoison.data import Dataset, load_embedded
 
@@ -229,18 +229,28 @@ def mnist():
     return load_embedded("mnist")
 
 
-def test_badnets_works_on_a_trained_network(mnist):
+def test_badnets_works_on_a_trained_network_and_spectre_sees_more_than_spectral_signatures(mnist):
     model = classifier(Tanh(32), 10, mean=(0.1307,), std=(0.3081,))
     recipe = dataclasses.replace(training.MNIST_FAST, epochs=6, max_shift=0.0)
+    mesh = one_device()
 
-    def outcome(share):
-        train = mnist.train
-        poisoned = attacks.implant(KEY, train, share, attacks.badnets(), target_class=0)
-        state = training.fit(model, recipe, poisoned.dataset, key=KEY, mesh=one_device())
-        return evaluation.backdoor_outcome(
-            model, state.variables, mnist.test, poisoned.trigger, mesh=one_device()
+    def opened(share):
+        poisoned = attacks.implant(KEY, mnist.train, share, attacks.badnets(), target_class=0)
+        state = training.fit(model, recipe, poisoned.dataset, key=KEY, mesh=mesh)
+        outcome = evaluation.backdoor_outcome(
+            model, state.variables, mnist.test, poisoned.trigger, mesh=mesh
         )
+        return poisoned, state.variables, outcome
 
-    opened, barely = outcome(0.05), outcome(1 / 5000)
-    assert opened.success_rate > 0.9 and opened.accuracy > 0.85
+    many, barely = opened(0.05)[2], opened(1 / 5000)[2]
+    assert many.success_rate > 0.9 and many.accuracy > 0.85
     assert barely.success_rate < 0.1
+    poisoned, variables, outcome = opened(0.02)
+    assert outcome.success_rate > 0.9
+    features = np.asarray(network.features(model, variables, poisoned.images, mesh=mesh))
+    share = float(poisoned.is_poisoned.sum() / (poisoned.labels == 0).sum())
+    plain, robust = (
+        np.mean(rule(features, poisoned.labels, poison_share=share).is_poison[poisoned.is_poisoned])
+        for rule in (filters.spectral_signatures, filters.spectre)
+    )
+    assert robust > 0.5 and robust > plain + 0.1
