@@ -29,7 +29,7 @@ ALLOWED = {
     "defenses": (
         *("core", "curvature", "data", "filters", "influence", "network", "solvers", "training"),
     ),
-    "evaluation": ("attacks", "data", "network", "training"),
+    "evaluation": ("attacks", "core", "data", "network", "training"),
     "audit": (
         *("core", "data", "defenses", "evaluation", "filters", "models", "network", "runs"),
         *("solvers", "training"),

@@ -10,6 +10,8 @@ An archive is one `.npz` without pickled objects:
 | `config` | text, JSON | `{"attacks": [{"name", "epsilon", ...}], ...}` and what the caller added |
 | `target_images` | as `images` [V,H,W,C] | of a targeted attack only: views of the target |
 | `target` | int32 [3] | of a targeted attack only: label, base label and id of the target |
+| `trigger` | text, JSON | of a backdoor only: `{"kind", "target_class"}` |
+| `trigger_field` | float32 [H,W,k] | of a backdoor only: see `triggers.Trigger` |
 """
 
 import json
@@ -18,15 +20,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpoison.attacks.triggers import Trigger, check_trigger
 from jaxpoison.core.files import read_npz, replacing
 from jaxpoison.core.settings import plain
 from jaxpoison.data import Dataset, as_dataset, check
 from jaxpoison.data.labels import check_range
-from jaxpoison.data.pixels import to_uint8
+from jaxpoison.data.pixels import check_finite, to_uint8
 
 WHAT = "an archive of poisons"
 REQUIRED = ("images", "labels", "attack_id", "config")
 OF_TARGETS = ("target_images", "target")
+OF_TRIGGERS = ("trigger", "trigger_field")
 
 
 class Target(NamedTuple):
@@ -54,6 +58,7 @@ class PoisonedDataset(NamedTuple):
       attack_id: int8 [N]; 0 where clean, k where poisoned by `attack_names[k - 1]`.
       config: JSON-able settings that made it; `config["attacks"]` lists the attacks.
       target: what a targeted attack is aimed at; None for an untargeted one.
+      trigger: what opens a backdoor; None where there is none.
     """
 
     images: np.ndarray
@@ -61,6 +66,7 @@ class PoisonedDataset(NamedTuple):
     attack_id: np.ndarray
     config: dict[str, Any]
     target: Target | None = None
+    trigger: Trigger | None = None
 
     @property
     def attack_names(self) -> tuple[str, ...]:
@@ -88,7 +94,7 @@ def save(path: str | os.PathLike, poisoned: PoisonedDataset, *, as_uint8: bool =
 
     Raises:
       TypeError: for anything but a `PoisonedDataset`, or settings that JSON cannot hold.
-      ValueError: for images, labels, ids or a target that `load` would refuse.
+      ValueError: for images, labels, ids, a target or trigger that `load` would refuse.
       OSError: if the file cannot be written.
     """
     if not isinstance(poisoned, PoisonedDataset):
@@ -105,6 +111,8 @@ def save(path: str | os.PathLike, poisoned: PoisonedDataset, *, as_uint8: bool =
     }
     if poisoned.target is not None:
         entries |= _target_entries(poisoned.target)
+    if poisoned.trigger is not None:
+        entries |= _trigger_entries(poisoned.trigger)
     checked = _checked(entries, None, "poisoned set")
     for name in ("images", "target_images") if as_uint8 else ():
         if name in entries:
@@ -125,7 +133,7 @@ def load(path: str | os.PathLike, *, num_classes: int | None = None) -> Poisoned
       FileNotFoundError, IsADirectoryError: if there is no file.
       ValueError: if the file is damaged, lacks an entry, or holds bad images or labels.
     """
-    entries = read_npz(path, WHAT, required=REQUIRED, optional=OF_TARGETS)
+    entries = read_npz(path, WHAT, required=REQUIRED, optional=OF_TARGETS + OF_TRIGGERS)
     return _checked(entries, num_classes, str(path))
 
 
@@ -147,7 +155,8 @@ def _checked(entries, num_classes, name) -> PoisonedDataset:
             f"{name}: attack_id must be in 0..{most}, found {attack_id.min()}..{attack_id.max()}"
         )
     target = _target(entries, num_classes, name)
-    return PoisonedDataset(dataset.images, dataset.labels, attack_id, config, target)
+    trigger = _trigger(entries, num_classes, name)
+    return PoisonedDataset(dataset.images, dataset.labels, attack_id, config, target, trigger)
 
 
 def _config(text, name):
@@ -212,3 +221,32 @@ def _target(entries, num_classes, name) -> Target | None:
             f"{entries['images'].shape[1:]}"
         )
     return Target(views, *numbers.tolist())
+
+
+def _trigger_entries(trigger) -> dict[str, np.ndarray]:
+    """Returns the entries of a trigger."""
+    about = {"kind": trigger.kind, "target_class": trigger.target_class}
+    return {"trigger": _as_json(about), "trigger_field": np.asarray(trigger.field)}
+
+
+def _trigger(entries, num_classes, name) -> Trigger | None:
+    """Returns the trigger in an archive's entries, None if it has none."""
+    if not any(entry in entries for entry in OF_TRIGGERS):
+        return None
+    if not all(entry in entries for entry in OF_TRIGGERS):
+        raise ValueError(f"{name} holds only one of trigger and trigger_field: both are needed")
+    try:
+        about = json.loads(str(entries["trigger"]))
+        kind, target_class = about["kind"], about["target_class"]
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{name}: its trigger is not JSON with kind and target class") from error
+    if isinstance(target_class, bool) or not isinstance(target_class, int):
+        raise ValueError(f"{name}: the trigger's target class is {target_class!r}, no class number")
+    check_range(np.array([target_class]), num_classes, f"{name}: target class of the trigger")
+    field = entries["trigger_field"]
+    trigger = Trigger(kind, field, target_class)
+    check_trigger(trigger, entries["images"].shape[1:], f"{name}: trigger")
+    check_finite(field[None], f"{name}: field of the trigger")
+    if kind == "overlay" and not (field.min() >= 0 and field.max() <= 1):
+        raise ValueError(f"{name}: an overlay's pixels and opacity must lie in [0, 1]")
+    return trigger

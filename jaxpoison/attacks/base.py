@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpoison.attacks.triggers import Trigger
 from jaxpoison.core.settings import check_range, plain, settle
 from jaxpoison.data import Dataset, as_dataset, check, to_float
 from jaxpoison.data.labels import check_range as check_labels
@@ -114,6 +115,34 @@ class TargetedAttack(NamedTuple):
     settings: dict[str, Any]
 
 
+class TriggerFn(Protocol):
+    """Returns the trigger for images of (H, W, C); what is random in it follows from the key."""
+
+    def __call__(
+        self, key: jax.Array, image_shape: tuple[int, int, int], target_class: int
+    ) -> Trigger: ...
+
+
+class BackdoorAttack(NamedTuple):
+    """An attack whose goal is that a trigger is taken for a class.
+
+    Attributes:
+      name: short name, for archives and tables.
+      make_trigger: see `TriggerFn`.
+      settings: what defines the attack, JSON-able, for archives.
+      clean_label: whether poisons are examples of the target class; others get its label.
+      cover_ratio: covers for each poison: changed images that keep their labels.
+      cover: `cover(key, trigger, images) -> images`, what is done to covers.
+    """
+
+    name: str
+    make_trigger: TriggerFn
+    settings: dict[str, Any]
+    clean_label: bool = False
+    cover_ratio: float = 0.0
+    cover: Callable[[jax.Array, Trigger, Any], jax.Array] | None = None
+
+
 class Trials(NamedTuple):
     """T trials of a targeted attack.
 
@@ -198,17 +227,20 @@ def check_above_zero(settings: Any, *names: str) -> None:
 
 
 def check_attack(attack: Any, kind: type, name: str = "attack") -> None:
-    """Raises a TypeError unless `attack` is of the kind `Attack` or `TargetedAttack`."""
+    """Raises a TypeError unless `attack` is an attack of this kind."""
     if isinstance(attack, kind):
         return
     advice = f"expected an attacks.{kind.__name__}"
     if callable(attack):
         called = getattr(attack, "__name__", "it")
-        advice = f"call it first, such as {called}(epsilon=8 / 255)"
+        needed = "" if kind is BackdoorAttack else "epsilon=8 / 255"
+        advice = f"call it first, such as {called}({needed})"
     elif isinstance(attack, Attack):
         advice = "it has no target: make its training set with attacks.mixture"
     elif isinstance(attack, TargetedAttack):
         advice = "it has targets: make its training sets with attacks.poison"
+    elif isinstance(attack, BackdoorAttack):
+        advice = "it has a trigger: make its training set with attacks.implant"
     raise TypeError(f"{name} is a {type(attack).__name__}; {advice}")
 
 

@@ -1,5 +1,7 @@
 """Defenses against poisoned training sets, as pure functions that `training.fit` calls."""
 
+from jaxpoison.defenses._abl import AblConfig as AblConfig
+from jaxpoison.defenses._abl import anti_backdoor as anti_backdoor
 from jaxpoison.defenses._characteristic import characteristic_filter as characteristic_filter
 from jaxpoison.defenses._epic import EpicConfig as EpicConfig
 from jaxpoison.defenses._epic import epic as epic

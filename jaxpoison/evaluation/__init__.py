@@ -1,5 +1,10 @@
 """Judging: whether an attack worked, whether a filter found it, and how sure that is."""
 
+from jaxpoison.evaluation.backdoors import BackdoorOutcome as BackdoorOutcome
+from jaxpoison.evaluation.backdoors import backdoor_outcome as backdoor_outcome
+from jaxpoison.evaluation.certify import Certificate as Certificate
+from jaxpoison.evaluation.certify import certified_radius as certified_radius
+from jaxpoison.evaluation.certify import certify as certify
 from jaxpoison.evaluation.detection import Detection as Detection
 from jaxpoison.evaluation.detection import average_precision as average_precision
 from jaxpoison.evaluation.detection import detection as detection

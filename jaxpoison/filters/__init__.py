@@ -34,3 +34,4 @@ from jaxpoison.filters.result import FilterResult as FilterResult
 from jaxpoison.filters.settings import PAPER as PAPER
 from jaxpoison.filters.settings import FilterSettings as FilterSettings
 from jaxpoison.filters.spectral import spectral_signatures as spectral_signatures
+from jaxpoison.filters.spectre import spectre as spectre

@@ -295,10 +295,11 @@ def losses_and_hits(
 
     Args:
       logits: float32 [B, K].
-      labels: int32 [B], or the shares of each class, float32 [B, K]: the largest is to be hit.
+      labels: int32 [B], or the shares of each class, float32 [B, K]: the largest in
+        magnitude is to be hit.
       smoothing: share of each label that is spread evenly over all classes.
     """
-    classes = labels if labels.ndim == 1 else jnp.argmax(labels, axis=-1)
+    classes = labels if labels.ndim == 1 else jnp.argmax(jnp.abs(labels), axis=-1)
     hits = jnp.argmax(logits, axis=-1) == classes
     if smoothing:
         shares = labels if labels.ndim == 2 else jax.nn.one_hot(labels, logits.shape[-1])

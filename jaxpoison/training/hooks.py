@@ -66,7 +66,8 @@ class EpochFn(Protocol):
 class BatchFn(Protocol):
     """Returns the batch to train on. Traced into the training step, after augmentation.
 
-    Its labels may also be the shares of each class, float32 [B, K] with rows that sum to 1.
+    Its labels may also be the shares of each class, float32 [B, K] with rows that sum to 1, or to
+    the weight of the example's loss where that is another, -1 for ascent.
     """
 
     def __call__(
