@@ -288,7 +288,7 @@ def delta_influence(scores: jax.Array, transformed: jax.Array, *, tolerance: int
         )
     if not 0 <= tolerance < shape[0]:
         raise ValueError(
-            f"tolerance is {tolerance}; expected 0 to {shape[0] - 1}, fewer than the transformations"
+            f"tolerance is {tolerance}; expected 0 to {shape[0] - 1}, fewer than transformations"
         )
     falls = jnp.asarray(scores) - jnp.asarray(transformed)
     return jnp.sort(falls, axis=0)[tolerance]

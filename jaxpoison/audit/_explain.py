@@ -1,11 +1,14 @@
 """From one prediction to the training images behind it, and whether it stands without them.
 
-Let w be the label that the image should have, l its loss, s = (H + damping I)^-1 grad l(image, w)
-by the last layer, and g_i the gradient of training image i. Two rankings, both positive where
+Let w be the label that the image should have, v the gradient of its loss by the last layer,
+s = (H + damping I)^-1 v, and g_i the gradient of training image i. Two scores, both positive where
 training on an image speaks against w:
 
-    -<s, g_i> / ||g_i||                        renormalized influence (GAS, arXiv 2201.10055)
+    -<v, g_i> / ||g_i||                        renormalized influence (GAS, arXiv 2201.10055)
     how far -<s, g_i> falls on random views    Delta-Influence (arXiv 2411.13731)
+
+The first is without H, as in its paper: a head that fits its training set has curvature next to
+none along the gradients of poisons, and with its inverse feature collisions were not found.
 
 Images are ordered by the sum of their two ranks. Then the check: new last layers are fitted without
 the first 1, 2, 4, ... images, several seeds each, all in one compiled call; k is the smallest
@@ -97,7 +100,7 @@ class Explanation:
       ids: N texts, and
       labels: int32 [N], the next three float32 [N], all by row of the training set.
       influence: -<s, g_i>, per unit of weight; positive speaks for the prediction.
-      renormalized: the same divided by ||g_i||.
+      renormalized: -<v, g_i> / ||g_i||.
       delta: the fall of the influence that all but a few views of the image reach.
       top: uint8 or float32 [M, H, W, C], the first images of `rows`.
       maps: float32 [M, H, W, C], how raising a pixel of theirs, and training on, would change the
@@ -242,7 +245,7 @@ def explain(
         )
     said = np.asarray(logits(network, variables, image[None]))[0]
     prediction, other = np.argsort(-said, kind="stable")[:2].tolist()
-    names = _names(class_names, len(said), "class_names", "a class")
+    names = _names(class_names, len(said), "class_names", "class")
     _check_wanted(wanted, prediction, names)
     label = other if wanted is None else int(wanted)
 
@@ -302,7 +305,7 @@ def explain(
     return Explanation(
         image=np.asarray(image), prediction=prediction, wanted=label,
         wanted_given=wanted is not None, probabilities=np.asarray(jax.nn.softmax(said)),
-        class_names=names, rows=rows, ids=_names(ids, num_images, "ids", "a training image"),
+        class_names=names, rows=rows, ids=_names(ids, num_images, "ids", "training image"),
         labels=np.asarray(data.labels), influence=np.asarray(scores.influence),
         renormalized=renormalized, delta=delta, top=np.asarray(data.images)[first],
         maps=np.asarray(maps), num_causes=num_causes, is_enough=bool(len(enough)),
@@ -321,17 +324,20 @@ def _scores(head, queries, wanted, features, labels):
     lengths = jnp.sum(features**2, axis=1) + ("bias" in head)
     damping = DAMPING * jnp.mean(lengths * spread) / size + 1e-12
     cg = solvers.cg(damping=damping, tolerance=SOLVER_TOLERANCE, max_steps=SOLVER_STEPS)
-    # As a function: solvers are told apart by their settings, which an array has no hash for.
-    to_head = {"solver": lambda *args, **given: cg(*args, **given), "curvature": curvature.linear_head}
+    # A function, and not `cg` itself: an array among its settings has no hash.
+    to_head = {
+        "solver": lambda *args, **given: cg(*args, **given),
+        "curvature": curvature.linear_head,
+    }
     asked = queries, jnp.broadcast_to(wanted, len(queries))
     scored, solutions = influence.score_matrix(
         influence.linear_head_loss, head, asked, train, queries_at_once=len(queries), **to_head
     )
-    solution = influence.group_ihvp(
-        influence.linear_head_loss, head, jax.tree.map(lambda x: x[:1], asked), train, **to_head
-    )
+    itself = jax.tree.map(lambda x: x[:1], asked)
+    solution = influence.group_ihvp(influence.linear_head_loss, head, itself, train, **to_head)
+    gradient = influence.group_gradient(influence.linear_head_loss, head, itself)
     renormalized = influence.renormalized_influence(
-        influence.linear_head_loss, head, solution.value, train, chunk_size=CHUNK
+        influence.linear_head_loss, head, gradient, train, chunk_size=CHUNK
     )
     delta = influence.delta_influence(scored[0], scored[1:], tolerance=TOLERANCE)
     converged = jnp.all(solutions.converged) & solution.converged
@@ -441,8 +447,8 @@ def _checked_image(image, data):
     image = np.asarray(image)
     if image.shape != data.images.shape[1:]:
         raise ValueError(
-            f"image has shape {image.shape}; expected {data.images.shape[1:]}, that of the training "
-            "images"
+            f"image has shape {image.shape}; expected {data.images.shape[1:]}, that of the images "
+            "trained on"
         )
     check(as_dataset(Dataset(image[None], np.zeros(1, np.int32)), "image"), name="image")
     return jnp.asarray(to_unit(image))
@@ -455,13 +461,13 @@ def _check_wanted(wanted, prediction, names):
         raise ValueError(f"wanted is {wanted}; expected a label from 0 to {len(names) - 1}")
     if wanted == prediction:
         raise ValueError(
-            f"the network predicts the wanted label, {names[wanted]!r}, already: leave `wanted` out "
-            "to see what is behind a right prediction"
+            f"the network predicts the wanted label, {names[wanted]!a}, already: leave it out to "
+            "see what is behind a right prediction"
         )
 
 
 def _names(given, number, name, of):
     texts = tuple(map(str, range(number) if given is None else given))
     if len(texts) != number:
-        raise ValueError(f"{name} has {len(texts)} entries; expected one for each {of[2:]}, {number}")
+        raise ValueError(f"{name} has {len(texts)} entries; expected one for each of {number} {of}")
     return texts

@@ -101,8 +101,8 @@ def _headline(explanation: Any) -> str:
     control = next(one for one in explanation.removals if one.name == "random")
     if control.changed > len(control.predictions) / 2:
         return (
-            f"The prediction changes without {'this' if count == 1 else 'these'} {images}, but also "
-            "without others at random: it hangs by a thread, and nothing is proven."
+            f"The prediction changes without {'this' if count == 1 else 'these'} {images}, but "
+            "also without others at random: it hangs by a thread, and nothing is proven."
         )
     return (
         f"Without {'this' if count == 1 else 'these'} {images} the prediction changes; without as "
@@ -122,7 +122,7 @@ def _rgb(image):
 
 
 def _map_picture(pixels):
-    """Returns uint8 [H, W, 3]: white is nothing, red raises the wanted label's loss, blue lowers."""
+    """Returns uint8 [H, W, 3]: white is 0, red positive, blue negative."""
     total = np.asarray(pixels).sum(axis=-1)
     scale = np.quantile(np.abs(total), 0.99)
     level = np.clip(total / (scale if scale > 0 else 1), -1, 1)[..., None]
