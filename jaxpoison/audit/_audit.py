@@ -242,7 +242,6 @@ def reopen(source: Source, folder: str | Path, settings: Settings, network: Any 
         raise ValueError(
             f"{folder} holds a quick audit, which trains no network: repeat it without --quick"
         )
-    embedding = embedding.then(witness.whitening(evidence.embedding))
     place = stage.folder("train", *_training_key(fingerprint, embedding, settings))
     if not (place / "checkpoints").is_dir():
         raise ValueError(
