@@ -8,8 +8,8 @@ trained on 500 embedded images, five of them poisons. From scratch: a small netw
 2,500 embedded images, 25 of them poisons by gradient matching. Of each trial in which the target
 gets the label that the attack wants: the share of the poisons among the first 2 P of N images, by
 each ranking, and what is predicted without the images that were named, next to the same number of
-others at random. Baselines see the same features and the same last layer: the cosine of features among
-images of the predicted class, and representer values (Yeh et al. 2018, arXiv 1811.09720).
+others at random. Baselines see the same features and the same last layer: the cosine of features
+among images of the predicted class, and representer values (Yeh et al. 2018, arXiv 1811.09720).
 """
 
 import argparse

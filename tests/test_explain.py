@@ -298,15 +298,19 @@ PIXELS = np.random.default_rng(0).standard_normal((192, 16)).astype(np.float32)
 
 def project(images):
     """A linear embedding of 64 pixels, in place of a network."""
-    features = (np.float32(images)[:, ::4, ::4].reshape(len(images), 192) / 255 - 0.5) @ PIXELS
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-6)
+    features = (images[:, ::4, ::4].reshape(len(images), 192) - 0.5) @ PIXELS
+    return features / jnp.maximum(jnp.linalg.norm(features, axis=1, keepdims=True), 1e-6)
+
+
+def embedding():
+    return Embedding("projection", lambda images: np.asarray(project(to_float(images))), project)
 
 
 @pytest.fixture(scope="module")
 def projection():
     """The foreign witness of audits in this file."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_audit, "foreign", lambda: Embedding("projection", project, project))
+        patch.setattr(_audit, "foreign", embedding)
         yield patch
 
 
