@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +90,9 @@ def test_what_hint_costs():
     assert shown is not None
     assert shown[1] == f"{result['overhead']:.3f}"
     assert shown[2] == f"{result['overhead_predicted']:.3f}"
+
+
+def test_how_many_poisons_explanations_name():
+    result = json.loads((ROOT / "benchmarks" / "results" / "explain.json").read_text("utf-8"))
+    page = (ROOT / "docs" / "explain.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "benchmarks" / "explain.py"))["table"](result) in page

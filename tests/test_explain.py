@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import chromium
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from audited import HOSTILE
 from PIL import Image
+from programs import ROOT
 
 from jaxpoison import attacks, audit, cli, network, training
 from jaxpoison.audit import _audit, _explain, views, worth
@@ -234,6 +236,17 @@ def test_bad_arguments_are_told(change, message):
     dataset = Dataset(found.images[:rows], found.labels[:rows])
     with pytest.raises(ValueError, match=message):
         audit.explain(MODEL, variables, dataset, key=jax.random.key(0), **given)
+
+
+def test_the_example_of_the_guide(tmp_path, monkeypatch, capsys):
+    """It finds the three mislabeled copies."""
+    guide = (ROOT / "docs" / "explain.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", guide, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(block, "docs/explain.md", "exec"), names)  # this repository's own text
+    assert set(names["found"].rows[:3]) == {200, 201, 202}
+    assert names["found"].is_enough and (tmp_path / "explanation" / "explanation.html").exists()
 
 
 @pytest.fixture(scope="module")

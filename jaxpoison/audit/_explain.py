@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -323,7 +323,7 @@ def _scores(head, queries, wanted, features, labels):
     size = sum(leaf.size for leaf in jax.tree.leaves(head))
     lengths = jnp.sum(features**2, axis=1) + ("bias" in head)
     damping = DAMPING * jnp.mean(lengths * spread) / size + 1e-12
-    cg = solvers.cg(damping=damping, tolerance=SOLVER_TOLERANCE, max_steps=SOLVER_STEPS)
+    cg = solvers.cg(damping=cast(Any, damping), tolerance=SOLVER_TOLERANCE, max_steps=SOLVER_STEPS)
     # A function, and not `cg` itself: an array among its settings has no hash.
     to_head = {
         "solver": lambda *args, **given: cg(*args, **given),
@@ -339,6 +339,7 @@ def _scores(head, queries, wanted, features, labels):
     renormalized = influence.renormalized_influence(
         influence.linear_head_loss, head, gradient, train, chunk_size=CHUNK
     )
+    scored = cast(jax.Array, scored)
     delta = influence.delta_influence(scored[0], scored[1:], tolerance=TOLERANCE)
     converged = jnp.all(solutions.converged) & solution.converged
     return _Scores(scored[0], renormalized, delta, solution.value, converged)
