@@ -10,8 +10,9 @@ that a clean network is least sure of, to get the label that comes next. An atta
 target gets the label that it wants, and from scratch, if it does not get it from a network of the
 same seed trained on clean images. Of these trials: the share of the poisons among the first 2 P of
 N images, by each ranking, and what is predicted without the images that were named, next to the
-same number of others at random. Baselines see the same features and the same last layer: the cosine of features
-among images of the predicted class, and representer values (Yeh et al. 2018, arXiv 1811.09720).
+same number of others at random. Baselines see the same features and the same last layer: the cosine
+of features among images of the predicted class, and representer values (Yeh et al. 2018, arXiv
+1811.09720).
 """
 
 import argparse

@@ -237,7 +237,8 @@ def reopen(source: Source, folder: str | Path, settings: Settings, network: Any 
         )
     evidence, _, _ = _measured(stage, source, fingerprint, embedding, "Reading images")
     if network is not None:
-        model, variables = trained.checked(*network, evidence.num_classes)
+        model, variables = network
+        model, variables = trained.checked(model, variables, evidence.num_classes)
         return Reopened(evidence, model, variables)
     if settings.quick:
         raise ValueError(
