@@ -8,6 +8,7 @@ import jaxpoison
 COMMANDS = {
     "audit": "find what is poisoned, mislabeled or broken in a folder of images",
     "clean": "copy audited data without what was flagged",
+    "explain": "name the training images behind one prediction, and train without them",
     "demo": "audit embedded images with planted faults, in a few minutes",
     "prepare": "write a folder of CIFAR-10 or MNIST that data.load reads",
 }

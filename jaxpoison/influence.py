@@ -210,6 +210,90 @@ def example_influence(
     return batches.map_chunks(scores, batch, chunk_size)
 
 
+def renormalized_influence(
+    loss_fn: LossFn,
+    params: Params,
+    ihvp: Params,
+    batch: Batch,
+    *,
+    layerwise: bool = False,
+    chunk_size: int | None = None,
+) -> jax.Array:
+    """Returns -<ihvp, g_i> / ||g_i|| of every example, g_i = grad_theta l_i, shape `[N]`.
+
+    Influence by direction alone (Hammoudeh & Lowd 2022, arXiv 2201.10055). The gradient of an
+    example that the model has learned is short, whatever it points to: a few poisons that a network
+    has long fitted have little influence and large renormalized influence. With the gradient of the
+    group itself for `ihvp` (`solvers.identity`) and `layerwise`, it is the paper's GAS-L at one
+    checkpoint; for several, take the sum. Signs are those of `example_influence`: positive is
+    harmful. Multiplying the loss by a positive number changes nothing.
+
+    Args:
+      loss_fn: as for `group_ihvp`.
+      params: as for `group_ihvp`.
+      ihvp: `Solution.value`, or any direction shaped like `params`.
+      batch: `(inputs, targets)` with leading axis N.
+      layerwise: the mean over layers of the cosines -<s_l, g_il> / (||s_l|| ||g_il||), in [-1, 1],
+        so that layers with long gradients do not outvote the others. A layer is what lies next to
+        each other in `params`, such as a kernel and its bias.
+      chunk_size: examples per pass; None for all at once. Gradients of a chunk are in memory
+        together, each as large as the parameters.
+
+    Returns:
+      Scores `[N]`; 0 for an example without a gradient.
+    """
+    params, ihvp = _direction(params, ihvp)
+    if isinstance(batch, Stream):
+        raise TypeError("gradients have lengths one by one: call this for each batch of the stream")
+    direction = _layers(ihvp) if layerwise else [jax.tree.leaves(ihvp)]
+
+    def score(example):
+        one = jax.tree.map(lambda x: x[None], example)
+        gradient = jax.grad(lambda p: batches.losses_per_example(loss_fn, p, one)[0])(params)
+        parts = _layers(gradient) if layerwise else [jax.tree.leaves(gradient)]
+        along = jnp.stack([trees.dot(s, g) for s, g in zip(direction, parts, strict=True)])
+        lengths = jnp.stack([_length(g) for g in parts])
+        if layerwise:
+            lengths = lengths * jnp.stack([_length(s) for s in direction])
+        present = lengths > 0
+        return -jnp.mean(jnp.where(present, along, 0) / jnp.where(present, lengths, 1))
+
+    _check_values(loss_fn, params, {"batch": batch}, ihvp)
+    batch = jax.tree.map(jnp.asarray, batch)
+    return batches.map_chunks(jax.vmap(score), batch, chunk_size)
+
+
+def delta_influence(scores: jax.Array, transformed: jax.Array, *, tolerance: int) -> jax.Array:
+    """Returns by how much each example loses influence when the query is transformed, `[N]`.
+
+    Delta-Influence (Li et al. 2024, arXiv 2411.13731): a poison acts on one image as it is, so its
+    influence collapses on every transformed version of it, where that of other examples goes up and
+    down. The paper names an example if its influence falls by more than a threshold for all but
+    `tolerance` of the T transformations (its boosting rule). This is the largest threshold at which
+    it would be named: the fall that all but `tolerance` of the T falls reach.
+
+    Args:
+      scores: influence of N training examples on the query, `[N]`, such as a row of `score_matrix`
+        with the loss of the label that the query should have: positive is harmful.
+      transformed: the same for T transformed versions of the query, `[T, N]`.
+      tolerance: how many of them may disagree, 0 to T - 1.
+
+    Raises:
+      ValueError: for shapes that do not fit, or a tolerance out of range.
+    """
+    shape = jnp.shape(transformed)
+    if len(shape) != 2 or shape[1:] != jnp.shape(scores) or not shape[0]:
+        raise ValueError(
+            f"scores {jnp.shape(scores)} and transformed {shape}: expected [N] and [T, N], T > 0"
+        )
+    if not 0 <= tolerance < shape[0]:
+        raise ValueError(
+            f"tolerance is {tolerance}; expected 0 to {shape[0] - 1}, fewer than transformations"
+        )
+    falls = jnp.asarray(scores) - jnp.asarray(transformed)
+    return jnp.sort(falls, axis=0)[tolerance]
+
+
 def self_influence(
     loss_fn: LossFn,
     params: Params,
@@ -610,6 +694,20 @@ def _directional_losses(loss_fn, params, direction, batch):
         return batches.losses_per_example(loss_fn, p, batch)
 
     return jax.jvp(losses, (params,), (direction,))[1]
+
+
+def _layers(tree):
+    """Returns a list of lists of leaves: those whose paths differ in the last key only."""
+    layers: dict[Any, list[Any]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        layers.setdefault(path[:-1], []).append(leaf)
+    return list(layers.values())
+
+
+def _length(leaves):
+    """Returns the norm, with a gradient of zero where it is zero."""
+    square = trees.dot(leaves, leaves)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def _direction(params, ihvp):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -107,3 +108,9 @@ def test_products_that_solves_over_a_whole_network_take():
             row = rows[name]
             wanted.append(f"{row['residual']:.3g}, {row['correlation']:.2f}")
         assert [cell.strip() for cell in cells] == wanted
+
+
+def test_how_many_poisons_explanations_name():
+    result = json.loads((ROOT / "benchmarks" / "results" / "explain.json").read_text("utf-8"))
+    page = (ROOT / "docs" / "explain.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "benchmarks" / "explain.py"))["table"](result) in page

@@ -31,8 +31,8 @@ ALLOWED = {
     ),
     "evaluation": ("attacks", "core", "data", "network", "training"),
     "audit": (
-        *("core", "data", "defenses", "evaluation", "filters", "models", "network", "runs"),
-        *("solvers", "training"),
+        *("core", "curvature", "data", "defenses", "evaluation", "filters", "influence"),
+        *("models", "network", "runs", "solvers", "training"),
     ),
     "cli": ("audit", "data", "runs"),
     "__main__": ("cli",),

@@ -186,3 +186,110 @@ def test_errors_of_many():
         influence.choose_damping(
             network.loss_fn, network.params, network.group, network.train, candidates=[1e-6]
         )
+
+
+def per_example_gradients():
+    with jax.enable_x64(True):
+        params, train = map(problems.float64, (HEAD.params, HEAD.train))
+        one = jax.grad(lambda p, x, y: HEAD.loss_fn(p, (x[None], y[None]))[0])
+        return jax.tree.map(
+            np.asarray, jax.vmap(one, (None, 0, 0))(params, *map(jnp.asarray, train))
+        )
+
+
+def network_loss(params, batch):
+    inputs, labels = batch
+    hidden = jnp.tanh(inputs @ params["body"]["kernel"] + params["body"]["bias"])
+    return problems.cross_entropy(hidden @ params["head"]["kernel"], labels)
+
+
+def network_params(seed):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "body": {
+            "kernel": jax.random.normal(keys[0], (6, 4)),
+            "bias": jax.random.normal(keys[1], (4,)),
+        },
+        "head": {"kernel": jax.random.normal(keys[2], (4, 3))},
+    }
+
+
+@pytest.mark.parametrize("way", [lambda f: f, jax.jit])
+def test_renormalized_influence_is_influence_by_length_of_the_gradient(way):
+    gradients = ravel_each(per_example_gradients())
+    direction = jax.tree.map(lambda x: x + 1, HEAD.params)
+    want = -(gradients @ ravel(direction)) / np.linalg.norm(gradients, axis=1)
+
+    def scores(direction):
+        return influence.renormalized_influence(*DATA, direction, HEAD.train, chunk_size=24)
+
+    # A gradient of 1e-4, the difference of numbers next to 1, has three digits in float32.
+    assert relative_error(way(scores)(direction), want) < 1e-3
+    many = jax.vmap(scores)(jax.tree.map(lambda x: jnp.stack([x, -2 * x]), direction))
+    assert relative_error(many[1], -2 * want) < 1e-3
+
+
+def ravel_each(tree):
+    leaves = jax.tree.leaves(tree)
+    return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+
+
+def test_layerwise_it_is_the_mean_of_cosines_and_the_scale_of_the_loss_does_not_matter():
+    params, direction = network_params(0), network_params(1)
+    with jax.enable_x64(True):
+        wide, train = problems.float64(params), problems.float64(HEAD.train)
+        one = jax.grad(lambda p, x, y: network_loss(p, (x[None], y[None]))[0])
+        gradients = jax.vmap(one, (None, 0, 0))(wide, *map(jnp.asarray, train))
+        cosines = []
+        for layer in ("body", "head"):
+            g, s = ravel_each(gradients[layer]), ravel(problems.float64(direction[layer]))
+            cosines.append(g @ s / np.linalg.norm(g, axis=1) / np.linalg.norm(s))
+
+    def scores(loss_fn, direction):
+        return influence.renormalized_influence(
+            loss_fn, params, direction, HEAD.train, layerwise=True
+        )
+
+    got = scores(network_loss, direction)
+    assert relative_error(got, -np.mean(cosines, axis=0)) < 1e-5
+    scaled = scores(lambda p, batch: 7 * network_loss(p, batch), direction)
+    np.testing.assert_allclose(scaled, got, rtol=1e-4, atol=1e-6)
+    longer = scores(network_loss, jax.tree.map(lambda x: 3 * x, direction))
+    np.testing.assert_allclose(longer, got, rtol=1e-4, atol=1e-6)
+
+
+def test_an_example_without_a_gradient_has_no_renormalized_influence():
+    def loss_fn(p, batch):
+        return batch[1] * (batch[0] @ p)
+
+    inputs, weights = jnp.eye(3)[:2], jnp.array([0.0, 5.0])
+
+    def score(direction, params):
+        return influence.renormalized_influence(loss_fn, params, direction, (inputs, weights))
+
+    direction = jnp.array([1.0, 2.0, 3.0])
+    np.testing.assert_allclose(score(direction, jnp.ones(3)), [0, -2], rtol=1e-6)
+    slopes = jax.jacobian(score)(direction, jnp.ones(3))
+    np.testing.assert_allclose(slopes, [[0, 0, 0], [0, -1, 0]], rtol=1e-6)
+
+
+def test_delta_influence_is_the_largest_threshold_of_the_boosting_rule():
+    rng = np.random.default_rng(0)
+    scores, transformed = rng.normal(size=40), rng.normal(size=(9, 40))
+    for tolerance in (0, 2, 8):
+        got = np.asarray(influence.delta_influence(scores, transformed, tolerance=tolerance))
+        for threshold in np.linspace(-2, 2, 9):
+            named = ((scores - transformed) > threshold).sum(axis=0) >= 9 - tolerance
+            np.testing.assert_array_equal(got > threshold, named)
+    many = jax.vmap(lambda t: influence.delta_influence(scores, t, tolerance=2))
+    assert many(np.stack([transformed, transformed + 1])).shape == (2, 40)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tolerance", "message"),
+    [((9, 3), 0, r"expected \[N\] and \[T, N\]"), ((9, 4), 9, "expected 0 to 8"),
+     ((0, 4), 0, "T > 0"), ((9, 4), -1, "tolerance is -1")],
+)  # fmt: skip
+def test_delta_influence_of_what_does_not_fit(shape, tolerance, message):
+    with pytest.raises(ValueError, match=message):
+        influence.delta_influence(np.zeros(4), np.zeros(shape), tolerance=tolerance)

@@ -174,7 +174,7 @@ def _audit(
     evidence = dataclasses.replace(evidence, trusted=extra)
     read = _Reader(source, rows)
     # Nothing of this depends on trusted images: with others, or more, nothing is trained again.
-    key = fingerprint, embedding.name, str(settings.seed), str(settings.epochs)
+    key = _training_key(fingerprint, embedding, settings)
     planted = (*key, str(plant.THREATS))
     copy = _planted(stage, evidence, read, embedding, planted)
     if not settings.quick and len(np.unique(evidence.labels)) > 1:
@@ -199,6 +199,64 @@ def _audit(
     if in_memory:
         evidence = _in_memory(evidence)
     return Audit(report, evidence, judgement, rows, source)
+
+
+class Reopened(NamedTuple):
+    """What an earlier audit has kept.
+
+    Attributes:
+      evidence: what was measured of each image; its embedding is not whitened.
+      model: the network, and
+      variables: its weights.
+    """
+
+    evidence: Evidence
+    model: Any
+    variables: Any
+
+
+def reopen(source: Source, folder: str | Path, settings: Settings, network: Any = None) -> Reopened:
+    """Returns the images and the network of a finished audit, from its cache; trains nothing.
+
+    Args:
+      source: the images that were audited.
+      folder: of the audit.
+      settings: of the audit.
+      network: see `audit`.
+
+    Raises:
+      ValueError: if the folder does not hold what an audit of these images keeps, the network
+        included, or the network does not fit.
+    """
+    stage = _Stage(Path(folder) / "cache", settings, _tell_nobody)
+    fingerprint, embedding = source.fingerprint(), foreign()
+    if not stage.folder("measure", fingerprint, embedding.name).is_dir():
+        raise ValueError(
+            f"{folder} has no cache of these images: they have changed since the audit, or its "
+            "cache was removed; repeat the audit"
+        )
+    evidence, _, _ = _measured(stage, source, fingerprint, embedding, "Reading images")
+    if network is not None:
+        model, variables = network
+        model, variables = trained.checked(model, variables, evidence.num_classes)
+        return Reopened(evidence, model, variables)
+    if settings.quick:
+        raise ValueError(
+            f"{folder} holds a quick audit, which trains no network: repeat it without --quick"
+        )
+    place = stage.folder("train", *_training_key(fingerprint, embedding, settings))
+    if not (place / "checkpoints").is_dir():
+        raise ValueError(
+            f"{folder} has no trained network: the audit did not finish, its cache was removed, or "
+            "there is a single class; repeat the audit"
+        )
+    _, variables, model = _trained_here(stage, place, evidence, "Reading the network")
+    return Reopened(evidence, model, variables)
+
+
+def _training_key(fingerprint, embedding, settings):
+    """Returns what decides a training on the data."""
+    return fingerprint, embedding.name, str(settings.seed), str(settings.epochs)
 
 
 def as_source(

@@ -1,4 +1,4 @@
-"""The commands `jaxpoison audit`, `clean` and `demo`."""
+"""The commands `jaxpoison audit`, `clean`, `demo` and `explain`."""
 
 import argparse
 import importlib
@@ -10,13 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 import jaxpoison
 from jaxpoison import models, network, runs
 from jaxpoison.audit import _audit, clean, decisions, findings, gate
+from jaxpoison.audit._explain import explain
+from jaxpoison.audit.evidence import SIZE
 from jaxpoison.audit.records import Report
+from jaxpoison.core.checks import listing
 from jaxpoison.core.files import write_text
-from jaxpoison.data import load_embedded
+from jaxpoison.data import Dataset, load_embedded
 from jaxpoison.data.readers import open_source
+from jaxpoison.data.readers.contents import MAX_PIXELS, Unreadable
+from jaxpoison.data.readers.decode import decode
 
 FAILED = 1
 """Exit status where a rule of `--fail-on` is violated."""
@@ -94,18 +102,23 @@ def audit_main(arguments: Sequence[str]) -> int:
         command=command,
         trusted=options.trusted,
         network=None if options.network is None else _loaded(options.network),
-        settings=_audit.Settings(
-            quick=options.quick,
-            epochs=options.epochs,
-            worth=not options.no_worth,
-            seed=options.seed,
-        ),
+        settings=_settings(options),
         decided=decided,
     )
     failed = gate.violated(rules, result.report, baseline)
     for rule in failed:
         runs.say(f"--fail-on: {rule}")
     return FAILED if failed else 0
+
+
+def _settings(options):
+    """Returns the settings that the arguments of an audit describe."""
+    return _audit.Settings(
+        quick=options.quick,
+        epochs=options.epochs,
+        worth=not options.no_worth,
+        seed=options.seed,
+    )
 
 
 def _opened(options):
@@ -257,12 +270,115 @@ def clean_main(arguments: Sequence[str]) -> int:
     parser.add_argument("--decisions", type=Path, help="decisions.json that the report page saved")
     options = parser.parse_args(arguments)
     decided = None if options.decisions is None else decisions.read(options.decisions)
-    folder = options.audit if options.audit.is_dir() else options.audit.parent
-    audited = audit_parser().parse_args(_replayed(folder / "config.json", []))
+    _, audited = _audited(options.audit)
     done = clean.clean(options.audit, options.out, source=_opened(audited), decided=decided)
     what = "copied" if done.copied else "listed in kept.txt"
     runs.say(f"{done.kept:,} images {what} in {done.folder}; {done.left_out:,} left out")
     return 0
+
+
+def explain_main(arguments: Sequence[str]) -> int:
+    """Runs `jaxpoison explain`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="jaxpoison explain",
+        description="Name the training images behind one prediction of the network of an audit, "
+        "and train without them to see whether it changes.",
+    )
+    parser.add_argument("audit", type=Path, help="folder of the audit")
+    parser.add_argument(
+        "--image",
+        required=True,
+        metavar="FILE",
+        help="an image file, or the id of an audited image",
+    )
+    parser.add_argument(
+        "--wanted", metavar="LABEL", help="the class that it should have been given"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the page (default: AUDIT/explanation)")
+    parser.add_argument(
+        "--no-retrain", action="store_true", help="refit last layers only, train no networks"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of views, refits and random removals")
+    options = parser.parse_args(arguments)
+    folder, audited = _audited(options.audit)
+    out = folder / "explanation" if options.out is None else options.out.expanduser()
+    _check_apart(Path(audited.data).expanduser(), out)
+    source = _opened(audited)
+    names = source.class_names
+    if options.wanted is not None and options.wanted not in names:
+        raise ValueError(
+            f"--wanted {options.wanted!a} is no class of the data; expected one of "
+            f"{listing(map(ascii, names), 20)}"
+        )
+    own = None if audited.network is None else _loaded(audited.network)
+    kept = _audit.reopen(source, folder, _settings(audited), own)
+    image, others = _asked(options.image, kept.evidence)
+    with runs.Stages() as stages:
+        explanation = explain(
+            kept.model,
+            kept.variables,
+            Dataset(kept.evidence.images[others], kept.evidence.labels[others]),
+            image,
+            None if options.wanted is None else names.index(options.wanted),
+            key=jax.random.key(options.seed),
+            ids=[str(id_) for id_ in kept.evidence.ids[others]],
+            class_names=names,
+            retrain=own is None and not options.no_retrain,
+            progress=stages.tell,
+        )
+    explanation.save(out)
+    runs.say(_answer(explanation, out))
+    return 0
+
+
+def _audited(path):
+    """Returns (folder of an audit, its arguments), given the folder or a file in it."""
+    folder = path if path.is_dir() else path.parent
+    return folder, audit_parser().parse_args(_replayed(folder / "config.json", []))
+
+
+def _asked(text, evidence):
+    """Returns (image uint8 [S, S, 3], bool [N]: other images) of a file or an id."""
+    is_it = evidence.ids == text
+    if is_it.any():
+        return np.array(evidence.images[is_it.argmax()]), ~is_it
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"--image {text!a} is neither a file nor the id of an audited image, such as "
+            f"{str(evidence.ids[0])!a}"
+        )
+    try:
+        return decode(path, SIZE, MAX_PIXELS).pixels, ~is_it
+    except Unreadable as error:
+        raise ValueError(f"--image {text!a} cannot be read: {error}") from error
+
+
+def _answer(explanation, out):
+    """Returns what was found, for a terminal."""
+    names = [ascii(name)[1:-1] for name in explanation.class_names]
+    wanted = "wanted" if explanation.wanted_given else "next"
+    rows = [
+        [one.name.replace("_", " "), one.method, f"{one.num_removed:,} left out",
+         f"{one.changed} of {len(one.predictions)} say something else"]
+        for one in explanation.removals
+    ]  # fmt: skip
+    causes = [
+        [ascii(explanation.ids[row])[1:-1], names[explanation.labels[row]]]
+        for row in explanation.causes[:10]
+    ]
+    return "\n".join(
+        [
+            "",
+            f"Predicted: {names[explanation.prediction]}; {wanted}: {names[explanation.wanted]}",
+            runs.columns(rows),
+            "",
+            f"Named: {explanation.num_causes:,}",
+            runs.columns(causes),
+            "",
+            f"Page: {out / 'explanation.html'}",
+        ]
+    )
 
 
 def demo_main(arguments: Sequence[str]) -> int:

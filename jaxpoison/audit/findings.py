@@ -11,7 +11,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -148,8 +148,12 @@ def _columns(report: Report) -> dict[str, list[Any]]:
 
 
 def _csv(report: Report) -> str:
-    """Returns findings.csv: no cell that a spreadsheet would take for a formula."""
-    columns = _columns(report)
+    """Returns findings.csv."""
+    return table(_columns(report))
+
+
+def table(columns: Mapping[str, Iterable[Any]]) -> str:
+    """Returns columns as CSV: no cell that a spreadsheet would take for a formula."""
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\r\n")
     writer.writerow(columns)

@@ -14,6 +14,7 @@ import json
 import shlex
 import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
 from jaxpoison.audit.records import KINDS, Finding, Power, Report, Worth
 from jaxpoison.core.extras import require
@@ -63,27 +64,7 @@ def html(report: Report, *, folder: str = ".", most: int = 300) -> str:
     Raises:
       ImportError: without Jinja2 (extra `audit`).
     """
-    jinja2 = require("jinja2", extra="audit")
-    sources = {name: _source(name) for name in ("report.html.jinja", "report.css", "report.js")}
-    environment = jinja2.Environment(
-        loader=jinja2.DictLoader(sources),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "shown": _shown,
-        "exact": lambda text: json.dumps(text),
-        "count": "{:,}".format,
-        "percent": _percent,
-        "points": lambda change: f"{100 * change:+.1f}".replace("-", "\u2212"),
-        "begin": lambda text: text[:1].upper() + text[1:],
-        "quoted": lambda text: _shown(shlex.quote(text)),
-    }
-    style, script = (
-        jinja2.utils.markupsafe.Markup(sources[f"report.{kind}"]) for kind in ("css", "js")
-    )
+    environment, style, script = page_environment("report")
     drawn = _drawn(report, most)
     classes = _classes(report)
     return environment.get_template("report.html.jinja").render(
@@ -94,7 +75,7 @@ def html(report: Report, *, folder: str = ".", most: int = 300) -> str:
         repeatable=report.replay.startswith("jaxpoison audit "),
         style=style,
         script=script,
-        policy=_policy(style, script),
+        policy=policy(style, script),
         headline=_headline(report),
         kinds=[(kind, *_KIND_NAMES[kind], report.counts[kind]) for kind in KINDS],
         kind_names=_KIND_NAMES,
@@ -117,12 +98,45 @@ def html(report: Report, *, folder: str = ".", most: int = 300) -> str:
     )
 
 
+def page_environment(name: str) -> tuple[Any, Any, Any]:
+    """Returns (Jinja2's environment, style, script) of a page; NAME.html.jinja is its template.
+
+    The style is report.css, followed by NAME.css where that is another file; the script is NAME.js,
+    empty if there is none. Names and texts of templates go through the filter `shown`.
+
+    Raises:
+      ImportError: without Jinja2 (extra `audit`).
+    """
+    jinja2 = require("jinja2", extra="audit")
+    template = f"{name}.html.jinja"
+    environment = jinja2.Environment(
+        loader=jinja2.DictLoader({template: _source(template)}),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "shown": _shown,
+        "exact": lambda text: json.dumps(text),
+        "count": "{:,}".format,
+        "percent": _percent,
+        "points": lambda change: f"{100 * change:+.1f}".replace("-", "\u2212"),
+        "begin": lambda text: text[:1].upper() + text[1:],
+        "quoted": lambda text: _shown(shlex.quote(text)),
+    }
+    style = "".join(map(_source, dict.fromkeys(["report.css", f"{name}.css"])))
+    markup = jinja2.utils.markupsafe.Markup
+    return environment, markup(style), markup(_source(f"{name}.js"))
+
+
 def _source(name: str) -> str:
-    """Returns a file that lies next to this one."""
-    return importlib.resources.files("jaxpoison.audit").joinpath(name).read_text("utf-8")
+    """Returns a file that lies next to this one; nothing if there is none."""
+    path = importlib.resources.files("jaxpoison.audit").joinpath(name)
+    return path.read_text("utf-8") if path.is_file() else ""
 
 
-def _policy(style: str, script: str) -> str:
+def policy(style: str, script: str) -> str:
     """Returns a Content-Security-Policy that allows this style, this script and data URIs."""
     hashes = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -25,7 +25,7 @@ from jaxpoison.core.files import check_writable, read_npz, replacing
 from jaxpoison.data import Dataset, check, check_alike
 from jaxpoison.defenses.squeezing import LUMA, compress
 from jaxpoison.evaluation.statistics import crossed_mean
-from jaxpoison.network import as_network, predict, shared
+from jaxpoison.network import Network, as_network, predict, shared
 from jaxpoison.training import init_state
 from jaxpoison.training import recipe as recipes
 
@@ -198,7 +198,7 @@ def _prepared(images, labels, trusted, removals, num_classes, seed, epochs):
         )
     rows = np.sort(rows)
     if epochs is None:
-        num_steps = max(FEWEST_STEPS, EPOCHS * len(rows) // BATCH_SIZE)
+        num_steps = steps_for(len(rows))
     else:
         check_count(epochs=epochs)
         num_steps = max(1, epochs * len(rows) // BATCH_SIZE)
@@ -288,26 +288,57 @@ def _entry(way, index, seed):
 
 def _hits(work, images, keep, half, seed):
     """Returns which held-out images a network is right about, bool [T], trained on `images`."""
-    network = as_network(models.fast_cnn(widths=WIDTHS, num_classes=work.num_classes))
-    mesh = devices.data_mesh(jax.local_devices()[:1])  # such batches are too small to share
-    optimizer, run = shared(epoch_program, network, ONE_CYCLE, mesh)
-    init_key, data_key = jax.random.split(jax.random.key(seed))
-    state = init_state(network, optimizer, init_key, images.shape[1:])
     batches = drawn(keep, work.num_steps * BATCH_SIZE, seed).reshape(work.num_steps, -1)
     if half is not None:
         batches = batches.reshape(2 * work.num_steps, -1)
         trusted = len(keep) + drawn(half, batches.size, seed)
         batches = np.concatenate([batches, trusted.reshape(batches.shape)], axis=1)
+    labels = np.concatenate([work.train.labels, work.held_out.labels])
+    network, variables = fitted(
+        Dataset(images, labels), batches, work.num_classes, seed=seed, part=work.num_steps
+    )
+    said = predict(network, variables, work.held_out.images, mesh=one_device())
+    return np.asarray(said) == work.held_out.labels
+
+
+def fitted(
+    dataset: Dataset, batches: np.ndarray, num_classes: int, *, seed: int, part: int
+) -> tuple[Network, Any]:
+    """Trains a small network on the batches in order; returns it with its variables.
+
+    Args:
+      dataset: images uint8 [N, S, S, 3], labels int32 [N].
+      batches: rows of the set, int [steps, B].
+      num_classes: K.
+      seed: of initial weights and augmentation.
+      part: steps in one call of the compiled loop, of which `steps` is a multiple.
+
+    Raises:
+      DivergedError: if the training's loss is not finite.
+    """
+    network = as_network(models.fast_cnn(widths=WIDTHS, num_classes=num_classes))
+    mesh = one_device()
+    optimizer, run = shared(epoch_program, network, ONE_CYCLE, mesh)
+    init_key, data_key = jax.random.split(jax.random.key(seed))
+    state = init_state(network, optimizer, init_key, dataset.images.shape[1:])
     state = state._replace(opt_state=recipes.at_epoch(state.opt_state, 0, len(batches)))
     state = devices.replicate(jax.tree.map(jnp.array, state), mesh)
-    labels = np.concatenate([work.train.labels, work.held_out.labels])
-    constants = devices.replicate((Dataset(images, labels), (), data_key), mesh)
-    for part in np.split(batches.astype(np.int32), len(batches) // work.num_steps):
-        state, steps = run(constants, state, part)
-        if not np.isfinite(np.asarray(steps["loss"])).all():
+    constants = devices.replicate((dataset, (), data_key), mesh)
+    for steps in np.split(batches.astype(np.int32), len(batches) // part):
+        state, told = run(constants, state, steps)
+        if not np.isfinite(np.asarray(told["loss"])).all():
             raise solvers.DivergedError(f"the training loss is not finite with seed {seed}")
-    said = predict(network, state.variables, work.held_out.images, mesh=mesh)
-    return np.asarray(said) == work.held_out.labels
+    return network, state.variables
+
+
+def steps_for(num_images: int) -> int:
+    """Returns how many steps a small network takes: 5 passes, of small sets 150 batches of 64."""
+    return max(FEWEST_STEPS, EPOCHS * num_images // BATCH_SIZE)
+
+
+def one_device() -> jax.sharding.Mesh:
+    """Returns the mesh of one device: such batches are too small to share."""
+    return devices.data_mesh(jax.local_devices()[:1])
 
 
 def drawn(keep: np.ndarray, count: int, seed: int) -> np.ndarray:
