@@ -133,6 +133,7 @@ def from_scratch(splits: Any, options: argparse.Namespace) -> list[dict[str, Any
     sets = attacks.poison(jax.random.key(options.seed + 1), train, trials, attack, [substitute])
     found = []
     for trial, poisoned in enumerate(sets):
+        assert poisoned.target is not None
         seed = options.seed + trial
         victim = fit(Dataset(poisoned.images, poisoned.labels), seed)
         before = int(network.predict(*fit(train, seed), poisoned.target.images)[0])

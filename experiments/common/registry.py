@@ -59,7 +59,7 @@ class DefenseEntry:
 
     name: str
     label: str
-    group: Literal["defense", "control", "table IV", "reference"]
+    group: Literal["defense", "control", "filter", "table IV", "reference"]
     make: Make | None
     paper: str | None = None
     setting: tuple[str, float] | None = None
@@ -266,6 +266,13 @@ _ENTRIES = (
         _always(defenses.orthogonal_projection),
     ),
     DefenseEntry(
+        "abl", "anti-backdoor learning", "control",
+        lambda config, model, splits: defenses.anti_backdoor(model, config.abl),
+    ),
+    DefenseEntry("spectral", "spectral signatures", "filter", None),
+    DefenseEntry("spectre", "SPECTRE", "filter", None),
+    DefenseEntry("activation", "activation clustering", "filter", None),
+    DefenseEntry(
         "mixup", "MixUp", "control",
         lambda config, model, splits: defenses.mixup(model.num_classes),
     ),
@@ -287,6 +294,8 @@ ROWS = {entry.name: entry for entry in _ENTRIES}
 """All rows that a table may have, in their order."""
 DEFENSES = {name: entry for name, entry in ROWS.items() if entry.make is not None}
 """Those that can be trained."""
+FILTERS = {name: entry for name, entry in ROWS.items() if entry.group == "filter"}
+"""Those that drop examples before training; of `backdoor.py` alone."""
 
 UNTARGETED = {
     entry.name: entry
@@ -392,6 +401,25 @@ TRANSFER = {
 """`make(epsilon, crafting)` returns a TargetedAttack on heads of a frozen extractor."""
 
 
+BACKDOORS = {
+    entry.name: entry
+    for entry in (
+        AttackEntry(
+            "badnets", "BadNets", lambda config: attacks.badnets(), "a white square in a corner"
+        ),
+        AttackEntry(
+            "blended", "Blended", lambda config: attacks.blended(), "a faint random pattern"
+        ),
+        AttackEntry(
+            "sig", "SIG", lambda config: attacks.sig(delta=config.epsilon),
+            "a wave of --epsilon, labels kept",
+        ),
+        AttackEntry("wanet", "WaNet", lambda config: attacks.wanet(), "a smooth warp"),
+    )
+}  # fmt: skip
+"""`make(config)` returns a BackdoorAttack."""
+
+
 def make_attack(config: Config, name: str) -> Attack:
     """Returns an untargeted attack by its name."""
     return UNTARGETED[name].make(config)
@@ -422,7 +450,8 @@ def check_names(kind: str, names: Sequence[str], there: dict[str, Any]) -> None:
 def listing(there: dict[str, Any]) -> str:
     """Returns what is there for --help, a line for each name, by group where there are groups."""
     titles = {
-        "defense": "Defenses:", "control": "Controls:", "table IV": "HINT over its settings:"
+        "defense": "Defenses:", "control": "Controls:", "filter": "Filters:",
+        "table IV": "HINT over its settings:",
     }  # fmt: skip
     width = 1 + max(map(len, there))
     lines, group = [], None

@@ -8,7 +8,7 @@ import jax
 
 from jaxpoison import models, runs
 from jaxpoison.attacks import DeepConfuseConfig
-from jaxpoison.defenses import EpicConfig, FatConfig, FriendsConfig, HintConfig
+from jaxpoison.defenses import AblConfig, EpicConfig, FatConfig, FriendsConfig, HintConfig
 from jaxpoison.training import Recipe
 
 
@@ -42,6 +42,8 @@ class Common:
     """Settings of adversarial training."""
     epic: EpicConfig = dataclasses.field(default_factory=EpicConfig)
     """Settings of EPIC."""
+    abl: AblConfig = dataclasses.field(default_factory=AblConfig)
+    """Settings of anti-backdoor learning."""
     network: Literal["paper", "fast"] = "paper"
     """The paper's network for these images, or `models.fast_cnn`, for CIFAR-10 alone."""
     width: int = 64

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.registry import DEFENSES, ROWS
+from common.registry import BACKDOORS, DEFENSES, ROWS
 from jaxpoison import evaluation, runs
 
 PAPER = json.loads(Path(__file__).with_name("paper_tables.json").read_text())
@@ -217,12 +217,60 @@ def table_V(result: dict[str, Any]) -> Table:
     )
 
 
+def backdoors(result: dict[str, Any]) -> Table:
+    """Returns success and accuracy of each backdoor under each defense, in percent."""
+    config, rows = result["config"], trained(result["rows"])
+    names = [name for name in ROWS if any(row["defense"] == name for row in rows)]
+    clean = [row for row in rows if row["attack"] == "clean"]
+    lines = []
+    for attack, share in dict.fromkeys((row["attack"], row["share"]) for row in rows):
+        own = [row for row in rows if (row["attack"], row["share"]) == (attack, share)]
+        undefended = [row for row in own if row["defense"] == "none"]
+        if attack == "clean" or not undefended:
+            continue
+        chance = statistics.mean(100 * row["by_chance"] for row in undefended)
+        cells = [_backdoor_cell([row for row in own if row["defense"] == name]) for name in names]
+        lines.append([BACKDOORS[attack].label, f"{100 * share:g}", f"{chance:.1f}", *cells])
+    return Table(
+        f"Backdoors to class {config['target_class']}: share of triggered test images of other "
+        "classes that are taken for it, / accuracy on clean test images, in %; mean over seeds. Of "
+        "filters, in brackets: poisons found, honest images flagged. By chance: success with the "
+        f"network trained on clean data, whose accuracy is {accuracy(clean)}. {_setting(result)}",
+        ["attack", "poisons, %", "by chance", *map(label, names)],
+        lines,
+    )
+
+
+def _backdoor_cell(group):
+    if not group:
+        return NOT_RUN
+    success = statistics.mean(100 * row["successes"] / row["num_triggered"] for row in group)
+    right = statistics.mean(100 * row["test_accuracy"] for row in group)
+    text = f"{success:.1f} / {right:.1f}"
+    if "poison_recall" in group[0]:
+        found, alarms = (
+            statistics.mean(100 * row[name] for row in group)
+            for name in ("poison_recall", "false_alarms")
+        )
+        text += f" ({found:.0f}, {alarms:.0f})"
+    return text
+
+
+def backdoor_place(row: dict[str, Any]) -> tuple:
+    """Returns a key by which rows of backdoors are in order: attack, share, defense, seed."""
+    names, kinds = list(ROWS), ["clean", *BACKDOORS]
+    return (
+        kinds.index(row["attack"]), row["share"], names.index(row["defense"]), row["seed"]
+    )  # fmt: skip
+
+
 # The kinds of `transfer_filter.py` and `pretrain.py`, which write their own tables.
-TRANSFER, PRETRAINING = "transfer", "pretraining"
+TRANSFER, PRETRAINING, BACKDOOR = "transfer", "pretraining", "backdoor"
 TABLES = {
     "untargeted": (table_II, controls, table_IV),
     "targeted": (table_III,),
     "cost": (table_V,),
+    BACKDOOR: (backdoors,),
 }
 """The tables to make of a results file, by its `kind`."""
 
