@@ -101,7 +101,7 @@ def transfer(splits: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
         for number, poisoned in enumerate(sets):
             features = network.features(net, victim.variables, poisoned.images)
             head = training.fit_head(
-                jax.random.key(number), features, poisoned.labels, num_classes=10
+                jax.random.key(number), features, jnp.asarray(poisoned.labels), num_classes=10
             )
             found.append(
                 row(name, net, net.with_head(victim.variables, head), poisoned, False, number)

@@ -15,7 +15,7 @@ from networks import Normed, classifier, one_device
 from jaxpoison import defenses, network, training
 from jaxpoison.core import devices
 from jaxpoison.data import Dataset
-from jaxpoison.defenses import EpicConfig, FatConfig, FriendsConfig, HintConfig
+from jaxpoison.defenses import AblConfig, EpicConfig, FatConfig, FriendsConfig, HintConfig
 from jaxpoison.training import TrainState
 from jaxpoison.training.hooks import keep_batch, with_ids
 
@@ -60,6 +60,9 @@ MAKE = {
     "ueraser": lambda: defenses.ueraser(model(), 2),
     "mixup": lambda: defenses.mixup(K),
     "cutmix": lambda: defenses.cutmix(K),
+    "anti_backdoor": lambda: defenses.anti_backdoor(
+        model(), AblConfig(turn=1, ratio=0.2), mesh=one_device()
+    ),
     "add_trusted": lambda: defenses.add_trusted(TRUSTED, mesh=one_device()),
     "recommended": lambda: defenses.recommended(TRUSTED, mesh=one_device()),
     "refit_head": lambda: defenses.refit_head(
@@ -91,7 +94,11 @@ def test_a_factory_called_twice_compiles_nothing_twice(name):
     call_hooks(first)
     before = len(TRACES)
     second = MAKE[name]()
-    if name in ("adversarial_training", "ueraser"):  # a network outside of `jit` is traced
+    if name in (
+        "adversarial_training",
+        "ueraser",
+        "anti_backdoor",
+    ):  # a network outside of `jit` is traced
         assert second.on_batch == first.on_batch
         second = second._replace(on_batch=keep_batch)
     call_hooks(second)

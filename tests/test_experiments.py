@@ -10,16 +10,17 @@ import subprocess
 import sys
 import time
 
+import backdoor as backdoor_grid
 import cifar_hint
 import mnist_hint
 import pytest
 import transfer_filter
 import untargeted
-from common import cli, predictions, registry, sources, study
+from common import backdoor, cli, predictions, registry, sources, study
 from programs import ROOT, environment, refusal, run_script, script_command, squeezed
 
 from jaxpoison import attacks
-from jaxpoison.defenses import HintConfig
+from jaxpoison.defenses import AblConfig, HintConfig
 from jaxpoison.runs import pictures
 
 TINY = (
@@ -227,7 +228,7 @@ def test_flags_of_inner_settings_are_named_and_presets_pass():
         cli.check_flags(dataclasses.replace(config, recipe=recipe))
     for module in (cifar_hint, mnist_hint):
         cli.check_flags(module.PAPER)
-    for presets in (untargeted.PRESETS, transfer_filter.PRESETS):
+    for presets in (untargeted.PRESETS, transfer_filter.PRESETS, backdoor_grid.PRESETS):
         for preset in presets.values():
             cli.check_flags(preset)
 
@@ -285,3 +286,44 @@ def test_the_scale_of_the_papers_in_small(tmp_path):
     assert (settings["norm"], settings["epsilon"], settings["num_steps"]) == ("l2", 0.5, 100)
     again = run("paper_scale.py", tmp_path / "run", *flags, *small)
     assert again.returncode == 0 and ", loss" not in again.stdout
+
+
+def test_backdoors_in_small(tmp_path):
+    flags = ("--preset", "quick", "--train-examples", "256", "--test-examples", "100")
+    flags += ("--trusted-examples", "64", "--recipe.epochs", "2", "--attacks", "badnets", "sig")
+    flags += ("--defenses", "none", "spectre", "--shares", "0.05", "0.2")
+    done = run("backdoor.py", tmp_path / "run", *flags)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "run" / "result.json").read_text())["rows"]
+    cells = {(row["attack"], row["share"], row["defense"]) for row in rows}
+    # A tenth of the images has the target class, so SIG cannot poison a fifth.
+    both = [("badnets", 0.05), ("badnets", 0.2), ("sig", 0.05)]
+    assert cells == {("clean", 0.0, "none")} | {
+        (*one, name) for one in both for name in ("none", "spectre")
+    }
+    for row in rows:
+        assert row["num_train"] == 256
+        if row["defense"] == "spectre":
+            assert 0 <= row["poison_recall"] <= 1 and "by_chance" not in row
+    poisoned = attacks.load(tmp_path / "run" / "poisons" / "seed0-badnets-0.2.npz")
+    assert poisoned.images.dtype == "uint8" and (poisoned.attack_id == 1).sum() == 51
+    table = squeezed((tmp_path / "run" / "table.md").read_text())
+    assert "| BadNets | 20 |" in table and "| SIG | 5 |" in table
+    again = run("backdoor.py", tmp_path / "run", *flags)
+    assert again.returncode == 0 and "epoch" not in again.stdout.split("Backdoors to class")[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attacks": ("badnet",)}, "unknown attacks: badnet; there are badnets, blended"),
+        ({"shares": (0.0001,)}, "at least one of the 2000 training images, not 0.0001"),
+        ({"target_class": 11}, "target class 11 does not occur"),
+        ({"defenses": ("luck",)}, "unknown defenses: luck"),
+        ({"abl": AblConfig(turn=12)}, "which a run of 10 epochs never reaches"),
+    ],
+)
+def test_a_backdoor_that_cannot_be_is_refused_before_any_work(change, message):
+    config = dataclasses.replace(backdoor_grid.PRESETS["quick"], **change)
+    with pytest.raises(ValueError, match=message):
+        backdoor.check(config, sources.build_model(config))

@@ -181,7 +181,9 @@ class LocalAscent:
             )
             return jnp.sign(losses_of(outputs, batch.labels) - self.gamma)
 
-        sign = jax.lax.cond(state.is_local, signs, lambda: jnp.ones(len(batch.labels)))
+        sign = jax.lax.cond(
+            state.is_local, signs, lambda: jnp.ones(len(batch.labels), batch.images.dtype)
+        )
         shares = batch.labels
         if shares.ndim == 1:
             said = jax.eval_shape(self.network.logits, train_state.variables, batch.images)
