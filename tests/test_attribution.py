@@ -85,7 +85,9 @@ def test_arnoldi_is_shared_under_vmap_and_differentiable():
 
     solve_all = jax.jit(jax.vmap(solve, (None, 0)))
     assert relative_error(solve_all(1.0, many), many / (eigenvalues + 0.3)) < 1e-4
-    # One basis for all right-hand sides: the Krylov loop sees no batch.
+    # One basis for all right-hand sides.
+    program = str(jax.make_jaxpr(solve_all)(1.0, many))
+    assert "f32[9,9]" in program and "f32[5,9,9]" not in program
     got = jax.grad(lambda scale: solve(scale, many[0]).sum())(1.0)
     want = -np.sum(np.asarray(eigenvalues * many[0] / (eigenvalues + 0.3) ** 2, np.float64))
     assert abs(got - want) < 1e-3 * abs(want)
@@ -110,6 +112,9 @@ def test_tracin_equals_its_sum_over_checkpoints():
     run = functools.partial(attribution.tracin, NETWORK.loss_fn)
     got = run(iter(checkpoints), rates, NETWORK.group, NETWORK.train, chunk_size=24)
     assert relative_error(got, want) < 1e-5
+    halves = influence.Stream([jax.tree.map(lambda x, s=s: x[s::2], NETWORK.train) for s in (0, 1)])
+    streamed = run(checkpoints, rates, NETWORK.group, halves)
+    assert relative_error(streamed, np.concatenate([want[::2], want[1::2]])) < 1e-5
     with jax.enable_x64(False):
         traced = jax.jit(lambda r: run(checkpoints, r, NETWORK.group, NETWORK.train))
         assert relative_error(traced(jnp.array(rates)), want) < 1e-5

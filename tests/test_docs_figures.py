@@ -1,5 +1,6 @@
 """The tables that the guides have typed hold the figures of the committed results."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -89,3 +90,13 @@ def test_what_hint_costs():
     assert shown is not None
     assert shown[1] == f"{result['overhead']:.3f}"
     assert shown[2] == f"{result['overhead_predicted']:.3f}"
+
+
+def test_how_good_attributions_are(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    cells = importlib.import_module("attribution_quality").cells
+    path = ROOT / "benchmarks" / "results" / "attribution_quality.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert table("influence.md", "Other rules, and a store of gradients") == [
+        list(cells(row)) for row in rows
+    ]

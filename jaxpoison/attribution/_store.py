@@ -113,7 +113,7 @@ class Store:
     def __len__(self) -> int:
         return sum(shard["rows"] for shard in self._shards)
 
-    def add(self, stream: Iterable[Batch], project: Callable[[Batch], jax.Array]) -> None:
+    def add(self, stream: Iterable[Batch], project: Callable[[Batch], Any]) -> None:
         """Adds projected gradients, a shard for each batch; goes on where an earlier call stopped.
 
         Args:
@@ -224,15 +224,17 @@ class Store:
             scores = np.concatenate([-(shard @ directions) for shard in self.shards()]).T
             return scores if queries.ndim == 2 else scores[0]
         none = np.zeros((0, directions.shape[1]))
-        harmful = helpful = none, none.astype(int)
+        harmful = helpful = none, none.astype(np.int32)
         start = 0
         for shard in self.shards():
             scores = -(shard @ directions)
-            numbers = np.broadcast_to(np.arange(start, start + len(shard))[:, None], scores.shape)
+            numbers = np.broadcast_to(
+                np.arange(start, start + len(shard), dtype=np.int32)[:, None], scores.shape
+            )
             harmful = _largest(harmful, scores, numbers, top_k)
             helpful = _largest(helpful, -scores, numbers, top_k)
             start += len(shard)
-        fields = (x.T for x in (*harmful, -helpful[0], helpful[1]))
+        fields: Any = [x.T for x in (*harmful, -helpful[0], helpful[1])]
         return TopScores(*(x if queries.ndim == 2 else x[0] for x in fields))
 
     def _path(self, place):
@@ -278,5 +280,6 @@ def _checksum(batch):
     crc = 0
     for leaf in jax.tree.leaves(batch):
         array = np.ascontiguousarray(leaf)
-        crc = zlib.crc32(array, zlib.crc32(f"{array.shape} {array.dtype}".encode(), crc))
+        header = f"{array.shape} {array.dtype}".encode()
+        crc = zlib.crc32(array.tobytes(), zlib.crc32(header, crc))
     return crc

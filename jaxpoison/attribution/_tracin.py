@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxpoison import influence
 from jaxpoison.core import batches, programs
-from jaxpoison.core.batches import Batch, LossFn
+from jaxpoison.core.batches import Batch, LossFn, Stream
 from jaxpoison.core.checks import check_no_nan
 from jaxpoison.core.trees import Params
 
@@ -22,8 +22,8 @@ def tracin(
     loss_fn: LossFn,
     checkpoints: Iterable[Params],
     learning_rates: Sequence[float] | jax.Array,
-    group: Batch,
-    train: Batch,
+    group: Batch | Stream,
+    train: Batch | Stream,
     *,
     group_weights: jax.Array | None = None,
     chunk_size: int | None = None,
@@ -40,7 +40,8 @@ def tracin(
       learning_rates: `[T]`, that of the steps around each checkpoint; times the number of steps
         between checkpoints, if the scores are to have the unit of the whole training.
       group: examples whose mean loss is of interest, with leading axis M.
-      train: examples to score, with leading axis N.
+      train: examples to score, with leading axis N. Either may be an `influence.Stream`, read once
+        for each checkpoint, outside `jit`.
       group_weights: `[M]`, for a weighted mean.
       chunk_size: examples per pass.
 
@@ -53,31 +54,32 @@ def tracin(
         raise ValueError(
             f"learning_rates must be one number per checkpoint, [T], got shape {rates.shape}"
         )
-    batches.count_examples(group, "group")
-    batches.count_examples(train, "train")
-    check_no_nan(group=group, train=train, learning_rates=rates)
+    check_no_nan(learning_rates=rates)
+    for name, data in {"group": group, "train": train}.items():
+        if not isinstance(data, Stream):
+            batches.count_examples(data, name)
+            check_no_nan(**{name: data})
 
-    def add(total, params, rate):
+    def scores(params, rate):
         direction = influence.group_gradient(
             loss_fn, params, group, weights=group_weights, chunk_size=chunk_size
         )
-        scores = influence.example_influence(
+        return rate * influence.example_influence(
             loss_fn, params, direction, train, chunk_size=chunk_size
         )
-        return total + rate * scores
 
-    step = add if programs.is_traced(rates) else programs.compiled(add)
-    total, count = jnp.zeros(()), 0
+    streamed = isinstance(group, Stream) or isinstance(train, Stream)
+    step = scores if streamed or programs.is_traced(rates) else programs.compiled(scores)
+    total, count = None, 0
     for count, params in enumerate(checkpoints, start=1):
         check_no_nan(checkpoints=params)
-        if count == 1:
+        if count == 1 and not streamed:  # where `scores` is compiled it cannot look
             batches.check_independent(loss_fn, params, group, "group")
             batches.check_independent(loss_fn, params, train, "train")
-            like = jax.eval_shape(add, total, params, rates[0])
-            total = jnp.zeros(like.shape, like.dtype)
         if count <= len(rates):
-            total = step(total, params, rates[count - 1])
-    if count != len(rates):
+            more = step(params, rates[count - 1])
+            total = more if total is None else total + more
+    if total is None or count != len(rates):
         raise ValueError(
             f"learning_rates has {len(rates)} numbers for {count} checkpoints: give one for each"
         )
