@@ -2,7 +2,7 @@
 
     x_l = 1/damping (v_l - 1/N sum_i g_il <g_il, v_l> / (damping + |g_il|^2)),   for each layer l
 
-DataInf of Kwon et al. 2024 (arXiv:2310.00902), equation 5: each (g g^T + damping I)^-1 is written
+DataInf of Kwon et al. 2024 (arXiv:2310.00902): each (g g^T + damping I)^-1 is written
 out by Sherman and Morrison. g_il is the gradient of example i in layer l.
 """
 

@@ -2,7 +2,7 @@
 
     I(z) = -sum_t eta_t <grad L(theta_t), grad l(z; theta_t)>
 
-TracInCP of Pruthi et al. 2020 (arXiv:2002.08484), equation 3 of section 3.2, with the sign of this
+TracInCP of Pruthi et al. 2020 (arXiv:2002.08484), with the sign of this
 library and the gradient of a group's mean loss L in place of one test point's.
 """
 

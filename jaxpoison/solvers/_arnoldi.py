@@ -2,7 +2,7 @@
 
     x = sum over the r Ritz pairs of largest |lambda| of q <q, v> / (lambda + damping)
 
-Schioppa et al. 2022 (arXiv:2112.03052), section 3. Their Arnoldi iteration is, for a symmetric H,
+Schioppa et al. 2022 (arXiv:2112.03052). Their Arnoldi iteration is, for a symmetric H,
 the Lanczos method with full orthogonalization.
 """
 
