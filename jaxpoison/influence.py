@@ -756,6 +756,7 @@ def _check_solver(solver):
         solvers.cg: "damping=0.1",
         solvers.cholesky: "damping=0.1",
         solvers.nystrom: "damping=0.1, rank=100",
+        solvers.arnoldi: "damping=0.1, rank=50, num_steps=100",
         solvers.lissa: "damping=0.1",
         solvers.lissa_from_authors: "",
         solvers.identity: "",

@@ -94,11 +94,8 @@ def test_a_factory_called_twice_compiles_nothing_twice(name):
     call_hooks(first)
     before = len(TRACES)
     second = MAKE[name]()
-    if name in (
-        "adversarial_training",
-        "ueraser",
-        "anti_backdoor",
-    ):  # a network outside of `jit` is traced
+    # A network outside of `jit` is traced.
+    if name in ("adversarial_training", "ueraser", "anti_backdoor"):
         assert second.on_batch == first.on_batch
         second = second._replace(on_batch=keep_batch)
     call_hooks(second)

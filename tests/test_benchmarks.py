@@ -1,9 +1,12 @@
 """The benchmarks as a user runs them, at sizes that say nothing about speed."""
 
+import importlib
 import json
 
+import numpy as np
 import pytest
-from programs import run_script
+import scipy.stats
+from programs import ROOT, run_script
 
 TINY = ("--rounds", "1", "--sample-seconds", "0")
 SMALL = (*TINY, "--train", "32", "--group", "16", "--epochs", "0")
@@ -89,3 +92,15 @@ def test_train_step(tmp_path):
     flops = ours["gflops"] * ours["seconds"] * 1e9
     assert flops == pytest.approx(4 * 2 * (2 * first + 3 * second + 3 * last))
     assert plain["difference"] < 1e-6
+
+
+def test_datamodeling_scores_are_spearmans(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    quality = importlib.import_module("attribution_quality")
+    rng = np.random.default_rng(0)
+    scores, halves = rng.normal(size=(3, 20)), rng.random((40, 20)) < 0.5
+    exact = np.exp(halves @ scores.T)  # any rising function of the sums
+    losses = np.stack([exact[:, 0], -exact[:, 1], rng.normal(size=40)], axis=1)
+    want = scipy.stats.spearmanr(halves @ scores[2], losses[:, 2]).statistic
+    got = quality.datamodeling_scores(scores, halves, losses)
+    np.testing.assert_allclose(got, [1, -1, want], rtol=1e-12)

@@ -1,5 +1,6 @@
 """The tables that the guides have typed hold the figures of the committed results."""
 
+import importlib
 import json
 import re
 import runpy
@@ -114,3 +115,13 @@ def test_how_many_poisons_explanations_name():
     result = json.loads((ROOT / "benchmarks" / "results" / "explain.json").read_text("utf-8"))
     page = (ROOT / "docs" / "explain.md").read_text(encoding="utf-8")
     assert runpy.run_path(str(ROOT / "benchmarks" / "explain.py"))["table"](result) in page
+
+
+def test_how_good_attributions_are(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    cells = importlib.import_module("attribution_quality").cells
+    path = ROOT / "benchmarks" / "results" / "attribution_quality.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert table("influence.md", "Other rules, and a store of gradients") == [
+        list(cells(row)) for row in rows
+    ]

@@ -22,6 +22,7 @@ ALLOWED = {
     "runs": ("core",),
     "solvers": ("core",),
     "influence": ("core", "curvature", "solvers"),
+    "attribution": ("core", "influence", "solvers"),
     "network": ("core", "data"),
     "filters": ("core", "data", "network"),
     "training": ("core", "data", "network", "solvers"),
@@ -38,7 +39,7 @@ ALLOWED = {
     "__main__": ("cli",),
 }
 # The engine must run where nothing but JAX is installed.
-NEEDS_JAX_ONLY = ("core", "curvature", "influence", "solvers")
+NEEDS_JAX_ONLY = ("attribution", "core", "curvature", "influence", "solvers")
 NOT_FOR_THE_ENGINE = (
     *("flax", "optax", "orbax", "tensorflow_datasets", "array_record", "PIL"),
     *("matplotlib", "rich", "tyro", "pandas", "sklearn", "cleanlab"),

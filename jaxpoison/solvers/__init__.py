@@ -7,6 +7,7 @@ factory returns a solver `(matvec, rhs, *, sample, key, progress) -> Solution`:
     cholesky   writes H out: small last layers
     nystrom    a low-rank sketch of H: many right-hand sides, moderate accuracy
     ekfac      the inverse of a Kronecker-factored approximation of H: whole networks, one product
+    arnoldi    the top eigenvectors of H alone: what Schioppa et al. use for large networks
     lissa      a stochastic Neumann series: what the papers used
     identity   H = I: the ablation
 
@@ -21,6 +22,7 @@ products are then taken for all of them together, and what does not depend on `r
 factorization or a sketch, is computed once. `spectrum` shows which damping and scale make sense.
 """
 
+from jaxpoison.solvers._arnoldi import arnoldi as arnoldi
 from jaxpoison.solvers._cg import cg as cg
 from jaxpoison.solvers._cholesky import cholesky as cholesky
 from jaxpoison.solvers._kronecker import ekfac as ekfac

@@ -49,12 +49,33 @@ def spectrum(matvec: LinearMap, like: Params, key: jax.Array, *, num_steps: int 
       ValueError: if num_steps < 1.
     """
     check_count(num_steps=num_steps)
-    start, _ = _normalized(_random_like(like, key))
-    run = functools.partial(_lanczos, matvec, num_steps)
+    start = random_start(like, key)
+
+    def run(start, loop):
+        _, diagonal, off_diagonal = lanczos(matvec, num_steps, start, loop)
+        ritz, vectors = eigh_tridiagonal(diagonal, off_diagonal)
+        errors = jnp.abs(off_diagonal[-1] * vectors[-1])
+        return Spectrum(ritz[0], ritz[-1], errors[0], errors[-1])
+
     return lax.stop_gradient(run(start, choose_loop(run, start, matvec)))
 
 
-def _lanczos(matvec, num_steps, start, loop):
+def lanczos(
+    matvec: LinearMap, num_steps: int, start: Params, loop: Loop
+) -> tuple[Params, jax.Array, jax.Array]:
+    """Returns the basis, and the diagonals of the tridiagonal matrix that it makes of `matvec`.
+
+    Args:
+      matvec: u -> H u, linear and symmetric.
+      num_steps: products with H, m.
+      start: unit vector, as from `random_start`.
+      loop: how the steps are run.
+
+    Returns:
+      Orthonormal vectors, shaped like `start` with a leading axis `[m]`: zeros from where the
+      vectors before span an invariant subspace. The diagonal `[m]`, there filled up with its first
+      entry; and what stands next to it, `[m]`, whose last entry is the size of the remainder.
+    """
     if not loop.from_host:
         start = device_local(start, jax.eval_shape(matvec, start))
 
@@ -86,12 +107,19 @@ def _lanczos(matvec, num_steps, start, loop):
     basis = device_local(basis, start)
     zeros = jnp.broadcast_to(jnp.zeros_like(dot(start, start)), (num_steps,))
     state = basis, zeros, zeros, start
-    _, diagonal, off_diagonal, _ = loop.fori_loop(0, num_steps, loop.with_products(step), state)
+    state = loop.fori_loop(0, num_steps, loop.with_products(step), state)
+    return state[:3]
 
+
+def eigh_tridiagonal(diagonal: jax.Array, off_diagonal: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns eigenvalues, rising, and eigenvectors of what `lanczos` found."""
     within = off_diagonal[:-1]
-    ritz, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(within, 1) + jnp.diag(within, -1))
-    errors = jnp.abs(off_diagonal[-1] * vectors[-1])
-    return Spectrum(ritz[0], ritz[-1], errors[0], errors[-1])
+    return jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(within, 1) + jnp.diag(within, -1))
+
+
+def random_start(like: Params, key: jax.Array) -> Params:
+    """Returns a random unit vector shaped like `like`, in at least float32."""
+    return _normalized(_random_like(like, key))[0]
 
 
 def power_iteration(

@@ -27,10 +27,10 @@ class Status(enum.IntEnum):
 
     CONVERGED: the residual is within the tolerance asked for. NOISY: it is not, but the answer is
     of use where a rank order is enough: at most 0.5, by a method that has such errors (LiSSA,
-    Nystrom), or at most sqrt(machine epsilon), where rounding stopped conjugate gradients. The
-    others are failures: OUT_OF_STEPS; INDEFINITE, H + damping I is not positive definite; ROUNDING,
-    the precision does not allow a better residual; DIVERGED; PRODUCT_NOT_FINITE and RHS_NOT_FINITE,
-    H u or v holds NaN or infinities, or overflows.
+    Nystrom, Arnoldi), or at most sqrt(machine epsilon), where rounding stopped conjugate gradients.
+    The others are failures: OUT_OF_STEPS; INDEFINITE, H + damping I is not positive definite;
+    ROUNDING, the precision does not allow a better residual; DIVERGED; PRODUCT_NOT_FINITE and
+    RHS_NOT_FINITE, H u or v holds NaN or infinities, or overflows.
     """
 
     CONVERGED = 0
@@ -180,8 +180,8 @@ def _advice(status: Status, condition: float, dtype: Any) -> str:
         Status.NOISY: (
             "It is usable but noisy, and did not converge to the tolerance asked for. For lissa "
             "raise num_steps (several times scale / damping), batch_size or num_repeats; for "
-            "nystrom raise rank; for ekfac raise damping; or use cg. For cg rounding is the limit: "
-            "raise damping or tolerance, or use more precise products."
+            "nystrom and arnoldi raise rank; for ekfac raise damping; or use cg. For cg rounding is "
+            "the limit: raise damping or tolerance, or use more precise products."
         ),
         Status.OUT_OF_STEPS: (
             "It ran out of steps. Raise the number of steps (max_steps, num_steps, rank) or "
