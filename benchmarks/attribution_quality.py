@@ -148,8 +148,12 @@ def hidden(params, inputs):
     return jnp.tanh(inputs @ params["hidden"]["kernel"] + params["hidden"]["bias"])
 
 
-def outputs(params, inputs):
-    return hidden(params, inputs) @ params["head"]["kernel"] + params["head"]["bias"]
+def outputs(params, inputs, tap=curvature.no_tap):
+    before = inputs @ params["hidden"]["kernel"] + params["hidden"]["bias"]
+    before = tap(curvature.DenseLayer("hidden/kernel", "hidden/bias"), inputs, before)
+    features = jnp.tanh(before)
+    logits = features @ params["head"]["kernel"] + params["head"]["bias"]
+    return tap(curvature.DenseLayer("head/kernel", "head/bias"), features, logits)
 
 
 output_loss = optax.softmax_cross_entropy_with_integer_labels
@@ -191,6 +195,16 @@ def solved(solver):
             loss_fn, trained.params, queries, trained.train, solver=solver,
             curvature=curvature.gauss_newton(outputs, output_loss), key=jax.random.key(0),
         )[0]  # fmt: skip
+
+    return scores
+
+
+def kronecker(damping):
+    """Returns the method that solves with EK-FAC's factors in place of the matrix."""
+
+    def scores(trained, queries):
+        factors = curvature.ekfac(outputs, output_loss, trained.params, trained.train)
+        return solved(solvers.ekfac(factors, damping=damping))(trained, queries)
 
     return scores
 
@@ -242,10 +256,12 @@ def projected(trained, queries):
     return attribution.projected_scores(phi(queries), phi(trained.train), damping=0.01)
 
 
-# Name to `method(trained, queries) -> [M, N]`, positive for harmful; one line for each to come.
+# Name to `method(trained, queries) -> [M, N]`, positive for harmful.
 METHODS = {
     "Gauss-Newton, CG, damping 0.01": solved(solvers.cg(damping=0.01, tolerance=1e-3)),
     "Gauss-Newton, CG, damping 0.1": solved(solvers.cg(damping=0.1, tolerance=1e-3)),
+    "EK-FAC, damping 0.01": kronecker(0.01),
+    "EK-FAC, damping 0.1": kronecker(0.1),
     "last layer, damping 0.01": last_layer,
     "Nystrom, rank 100, damping 0.01": solved(solvers.nystrom(damping=0.01, rank=100)),
     "Arnoldi, rank 50, damping 0.01": solved(solvers.arnoldi(damping=0.01, rank=50, num_steps=100)),

@@ -187,7 +187,7 @@ class LocalAscent:
         shares = batch.labels
         if shares.ndim == 1:
             said = jax.eval_shape(self.network.logits, train_state.variables, batch.images)
-            shares = jax.nn.one_hot(shares, said.shape[1])
+            shares = jax.nn.one_hot(shares, said.shape[1], dtype=batch.images.dtype)
         return batch._replace(labels=sign[:, None] * shares)
 
 

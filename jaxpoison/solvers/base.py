@@ -180,8 +180,8 @@ def _advice(status: Status, condition: float, dtype: Any) -> str:
         Status.NOISY: (
             "It is usable but noisy, and did not converge to the tolerance asked for. For lissa "
             "raise num_steps (several times scale / damping), batch_size or num_repeats; for "
-            "nystrom and arnoldi raise rank; for ekfac raise damping; or use cg. For cg rounding is "
-            "the limit: raise damping or tolerance, or use more precise products."
+            "nystrom and arnoldi raise rank; for ekfac raise damping; or use cg. For cg rounding "
+            "is the limit: raise damping or tolerance, or use more precise products."
         ),
         Status.OUT_OF_STEPS: (
             "It ran out of steps. Raise the number of steps (max_steps, num_steps, rank) or "
