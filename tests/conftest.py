@@ -46,7 +46,8 @@ ON_ONE_DEVICE = {"test_charvec_digits", "test_docs_pages", "test_readme"}
 # What takes longest comes first, so that the two workers of `make test` end together.
 LONGEST = (
     *("test_transfer_experiment", "test_hosts", "test_experiments", "test_benchmarks", "test_grid"),
-    *("test_audit", "test_targeted", "test_pretrain", "test_all_defenses", "test_influence"),
+    *("test_audit", "test_explain", "test_targeted", "test_pretrain", "test_all_defenses"),
+    *("test_influence", "test_kronecker"),
     *("test_network", "test_transfer_attacks", "test_scratch_attacks", "test_solvers"),
     *("test_hint", "test_presets", "test_rivals", "test_controls", "test_checks"),
 )
