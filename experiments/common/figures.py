@@ -76,6 +76,9 @@ class Changed(NamedTuple):
 _COLORS = {"clean": "0.6", "none": "tab:red", "recommended": "tab:green", "trusted": "0.6"}
 
 
+MOST_IN_TWO_LINES = 8  # bars whose names have room for a second line
+
+
 def summary(path: Path, lines: Sequence[Line], shown: Changed, title: str) -> None:
     """Draws accuracies as bars, next to images, poison and HINT's noise, both magnified.
 
@@ -94,7 +97,8 @@ def summary(path: Path, lines: Sequence[Line], shown: Changed, title: str) -> No
         ("HINT trains on", np.clip(shown.received + shown.noise, 0, 1)),
     ]
     count = len(shown.names)
-    figure = plt.figure(figsize=(13, 1.8 + 1.15 * count), layout="constrained")
+    height = max(1.8 + 1.15 * count, 1.2 + 0.33 * len(lines))
+    figure = plt.figure(figsize=(13, height), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1])
     _bars(left.subplots(), lines)
     axes = right.subplots(count, len(columns), squeeze=False)
@@ -125,7 +129,10 @@ def _bars(axis, lines):
     accuracies = [100 * line.accuracy for line in lines]
     colors = [_COLORS.get(line.defense, "tab:blue") for line in lines]
     axis.barh(places, accuracies, color=colors, height=0.65)
-    axis.set_yticks(places, [line.name.replace(", ", ",\n") for line in lines], fontsize=10)
+    names = [line.name.replace(", ", ",\n") for line in lines]
+    if len(lines) > MOST_IN_TWO_LINES:
+        names = [line.name.removeprefix("poisoned, ") for line in lines]
+    axis.set_yticks(places, names, fontsize=10)
     axis.invert_yaxis()
     axis.set_xlim(0, 119)
     axis.set_xticks(range(0, 101, 20))
