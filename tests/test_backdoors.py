@@ -109,6 +109,42 @@ def test_wanet_is_the_warp_of_the_paper():
     assert not np.allclose(from_column[0], from_column[1])
 
 
+def test_label_consistent_poisons_are_hard_images_with_a_pattern_in_each_corner():
+    model = classifier(Tanh(8), 4, std=(0.3,))
+    variables = model.init(jax.random.key(0), jnp.asarray(UNIT[:1]))
+    attack = attacks.label_consistent(
+        attacks.Victim(model, variables), epsilon=0.1, opacity=0.5, num_steps=5
+    )
+    poisoned = implanted(attack)
+    rows = np.flatnonzero(poisoned.attack_id)
+    assert len(rows) == 8 and (CLEAN.labels[rows] == 2).all()
+    np.testing.assert_array_equal(poisoned.labels, CLEAN.labels)
+    corner = np.ones((9, 12), bool)
+    corner[3:-3] = corner[:, 3:-3] = False
+    moved = np.abs(poisoned.images[rows] - UNIT[rows])
+    assert 0.05 < moved[:, ~corner].max() <= 0.1 + 1e-6
+
+    def loss(images):
+        logits = network.logits(model, variables, images.astype(np.float32))
+        return -np.asarray(jax.nn.log_softmax(logits))[:, 2]
+
+    inside = np.where(corner[..., None], UNIT[rows], poisoned.images[rows])
+    assert (loss(inside) > loss(UNIT[rows])).mean() > 0.8
+    # Half of black and white over gray, the same in every channel, mirrored by a flip.
+    shown = np.asarray(poisoned.trigger.apply(np.full((1, 9, 12, 2), 0.5, np.float32)))[0]
+    np.testing.assert_allclose(shown, shown[:, ::-1], atol=1e-6)
+    np.testing.assert_allclose(shown, shown[::-1], atol=1e-6)
+    np.testing.assert_allclose(
+        shown[-3:, -3:, 1], 0.25 + 0.5 * np.array([[0, 1, 0], [1, 0, 1], [0, 1, 1]]), atol=1e-6
+    )
+    np.testing.assert_allclose(shown[~corner], 0.5, atol=1e-6)
+    for opacity in (0, 1.5, True):
+        with pytest.raises(ValueError, match="opacity must be in"):
+            attacks.label_consistent(attacks.Victim(model, variables), opacity=opacity)
+    with pytest.raises(TypeError, match="expected attacks"):
+        attacks.label_consistent(model)
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_exactly_the_chosen_examples_change(name):
     attack = ATTACKS[name]

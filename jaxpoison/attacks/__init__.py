@@ -26,6 +26,7 @@ from jaxpoison.attacks.blended import blended as blended
 from jaxpoison.attacks.bullseye import bullseye_polytope as bullseye_polytope
 from jaxpoison.attacks.collision import feature_collision as feature_collision
 from jaxpoison.attacks.head_matching import head_gradient_matching as head_gradient_matching
+from jaxpoison.attacks.label_consistent import label_consistent as label_consistent
 from jaxpoison.attacks.mixture import mixture as mixture
 from jaxpoison.attacks.polytope import convex_polytope as convex_polytope
 from jaxpoison.attacks.sig import sig as sig

@@ -55,7 +55,11 @@ def implant(
     images = np.array(to_unit(clean.images))
     trigger = attack.make_trigger(trigger_key, images.shape[1:], target_class)
     check_trigger(trigger, images.shape[1:])
-    changed = trigger.apply(jnp.asarray(images[poisons]))
+    bases = jnp.asarray(images[poisons])
+    if attack.prepare is not None:
+        prepare_key = jax.random.fold_in(trigger_key, 1)
+        bases = attack.prepare(prepare_key, bases, jnp.asarray(labels[poisons]))
+    changed = trigger.apply(bases)
     if attack.cover is not None and len(covers):
         covered = attack.cover(cover_key, trigger, jnp.asarray(images[covers]))
         images[covers] = devices.to_host(covered)

@@ -133,6 +133,8 @@ class BackdoorAttack(NamedTuple):
       clean_label: whether poisons are examples of the target class; others get its label.
       cover_ratio: covers for each poison: changed images that keep their labels.
       cover: `cover(key, trigger, images) -> images`, what is done to covers.
+      prepare: `prepare(key, images, labels) -> images`, what is done to poisons before they get the
+        trigger.
     """
 
     name: str
@@ -141,6 +143,7 @@ class BackdoorAttack(NamedTuple):
     clean_label: bool = False
     cover_ratio: float = 0.0
     cover: Callable[[jax.Array, Trigger, Any], jax.Array] | None = None
+    prepare: Callable[[jax.Array, Any, Any], jax.Array] | None = None
 
 
 class Trials(NamedTuple):
