@@ -1,9 +1,9 @@
 """HINT's own scale in one command: ResNet-18 of full width, 80 epochs, all of
 CIFAR-10, the paper's budget of 8/255, at p = 1, 0.6 and 0.
 
-  python experiments/paper_scale.py --data-dir DIR                # a GPU or TPU
+  python experiments/paper_scale.py --data-dir DIR      # a GPU or TPU
   python experiments/paper_scale.py --data-dir DIR --parts mixture cost tap
-  python experiments/paper_scale.py --preset tiny                 # CPU, to try it
+  python experiments/paper_scale.py --preset tiny       # CPU, to try it
 
 Parts, in the order of what decides most; each has a folder in --run-dir, and
 report.md joins their tables:

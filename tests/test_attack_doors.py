@@ -132,10 +132,9 @@ def test_near_kinds_given_to_trials():
 
 def test_settings_may_be_scalars_of_numpy_and_jax_and_reach_json():
     given = attacks.pgd(epsilon=np.float32(0.25), step=jnp.float32(0.5), num_steps=np.int64(3))
-    assert json.loads(json.dumps([given.epsilon, given.settings])) == [
-        0.25,
-        {"step": 0.5, "num_steps": 3},
-    ]
+    plain = {"norm": "linf", "step": 0.5, "num_steps": 3, "goal": "away", "start": "uniform"}
+    plain |= {"max_shift": 0.0, "flip": False, "restarts": 1}
+    assert json.loads(json.dumps([given.epsilon, given.settings])) == [0.25, plain]
     drawn = attacks.feature_collision(
         epsilon=0.5, num_steps=jnp.int32(2), draws=attacks.Draws(np.int8(2), np.float64(1))
     )

@@ -196,7 +196,8 @@ def test_variants_of_hint_differ_in_what_their_names_say():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry.defenses, "hint", note)
         for name in ("hint", "hint_sign", "hint_random", "hint_mass", "hint_r0.1", "hint_beta0.125",
-                     "hint_identity", "hint_released", "hint_every"):  # fmt: skip
+                     "hint_identity", "hint_released", "hint_every", "hint_every_all",
+                     "hint_every_random", "hint_every_sign", "hint_every_identity"):  # fmt: skip
             made[name] = registry.make_defense(name, config, None, load_embedded("mnist"))
     changed = {
         name: {
@@ -208,7 +209,16 @@ def test_variants_of_hint_differ_in_what_their_names_say():
     }
     assert changed == {
         "hint": {},
-        "hint_every": {"schedule": (1, 2, 3, 4, 5, 6, 7, 8, 9)},  # of 10 epochs
+        "hint_every": {"schedule": (1,), "every": 1},
+        "hint_every_all": {"schedule": (1,), "every": 1, "ratio": 1.0},
+        "hint_every_random": {"schedule": (1,), "every": 1, "selection": "random"},
+        "hint_every_sign": {"schedule": (1,), "every": 1, "step": "sign", "gamma": 0.062 / 4},
+        "hint_every_identity": {
+            "schedule": (1,),
+            "every": 1,
+            "solver": "identity",
+            "gamma": 0.1 / 0.5,
+        },
         "hint_sign": {"step": "sign"},
         "hint_random": {"selection": "random"},
         "hint_mass": {"ratio": 1.0, "mass": 0.9},
