@@ -305,11 +305,15 @@ UNTARGETED = {
             "adversarial examples away from the label",
         ),
         AttackEntry(
-            "dap", "DAP", lambda config: attacks.dap(epsilon=config.epsilon),
+            "dap", "DAP", lambda config: attacks.dap(
+                epsilon=config.epsilon, num_steps=config.dap_steps
+            ),
             "adversarial examples of the next class",
         ),
         AttackEntry(
-            "dap_l2", "P1", lambda config: attacks.dap(epsilon=config.epsilon_l2, norm="l2"),
+            "dap_l2", "P1", lambda config: attacks.dap(
+                epsilon=config.epsilon_l2, norm="l2", num_steps=config.dap_steps
+            ),
             "DAP as Tao et al. have it, within --epsilon-l2",
         ),
         AttackEntry(

@@ -64,6 +64,8 @@ class Config(Common):
     """Attacks that share the poisoned examples equally."""
     epsilon_l2: float = 0.5
     """Budget of dap_l2 and durp_l2: length of an image's change, in units of [0, 1]."""
+    dap_steps: int = 100
+    """Steps of dap and dap_l2."""
     fowl_steps: int = 250
     """Steps of tap and error_max; Fowl et al. take 250, eight times over."""
     surrogate: Literal["same", "vgg16"] = "same"

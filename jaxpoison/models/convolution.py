@@ -11,7 +11,7 @@ XLA's CPU backend alone is up to 9 times off the limit that its matrix product s
 to 30 times inside a loop. What serves instead:
 
 - The *library*: oneDNN is linked into jaxlib for x86-64 Linux, and a custom call reaches its
-  forward convolution and its batched matrix product, from loops too. The call is no public
+  forward convolution and its matrix product, from loops too. The call is no public
   interface, so it is used with the releases of jaxlib it was tested with, in float32, where JAX
   keeps no cache of compiled programs on disk, and nowhere else.
 - *Patches*: one product with the image's patches [pixels, h w C]. They hold each pixel
@@ -256,11 +256,7 @@ def _contract(a, b):
     (length, rows), columns = a.shape, b.shape[1]
     if rows * columns >= _LARGE_PRODUCT or not library_serves(a):
         return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
-    # A product with a small result is faster as several, one core each.
-    small = rows * columns <= _SMALL_PRODUCT
-    parts = 4 if small and length % 4 == 0 and length >= 2048 else 1
-    a, b = (x.reshape(parts, length // parts, -1) for x in (a, b))
-    return _library_product(a, b).sum(0)
+    return _library_product(a, b)
 
 
 # oneDNN in jaxlib.
@@ -279,7 +275,7 @@ def _library_is_there():
     machine = platform.system(), platform.machine()
     if metadata.version("jaxlib") not in _LIBRARY_TESTED or machine != ("Linux", "x86_64"):
         return False
-    like = jax.ShapeDtypeStruct((1, 2, 2), jnp.float32)
+    like = jax.ShapeDtypeStruct((2, 2), jnp.float32)
     try:
         jax.jit(_library_product).trace(like, like).lower(lowering_platforms=("cpu",)).compile()
     except jax.errors.JaxRuntimeError:  # built without it
@@ -315,9 +311,15 @@ def library_value(x, k, window, groups=1, then=(), operands=()):
 
 
 def _library_product(a, b):
-    """Returns a^T b of [n,K,M] and [n,K,N]: [n,M,N]."""
-    shape = (a.shape[0], a.shape[2], b.shape[2])
-    return _library_call("matmul", {"onednn_matmul_config": {"transpose_a": True}}, shape, a, b)
+    """Returns a^T b of [K,M] and [K,N].
+
+    One product a call, although the library takes batches. Of a batch each thread of XLA's pool
+    computes one product, and on processors without AVX-512 that starts threads of the same pool
+    again, of which oneDNN knows nothing: they write over each other's memory, or wait for ever.
+    """
+    shape = (1, a.shape[1], b.shape[1])
+    config = {"onednn_matmul_config": {"transpose_a": True}}
+    return _library_call("matmul", config, shape, a[None], b[None])[0]
 
 
 def _library_call(name, config, shape, *operands):
