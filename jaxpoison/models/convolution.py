@@ -253,8 +253,7 @@ def _pad(x, rows, columns):
 
 def _contract(a, b):
     """Returns a^T b of [K,M] and [K,N]."""
-    (length, rows), columns = a.shape, b.shape[1]
-    if rows * columns >= _LARGE_PRODUCT or not library_serves(a):
+    if a.shape[1] * b.shape[1] >= _LARGE_PRODUCT or not library_serves(a):
         return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
     return _library_product(a, b)
 
