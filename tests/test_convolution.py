@@ -1,6 +1,7 @@
 """The convolution for CPU against `jax.lax.conv_general_dilated`: values, products, transforms."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -298,6 +299,21 @@ def test_form_is_chosen_by_shape_and_accelerators_get_xla_s(library, shape):
     text = lowered(gradients, x, k, platform="cpu")
     counts = tuple(map(text.count, ("stablehlo.convolution(", "onednn$conv", "onednn$matmul")))
     assert counts == FORMS[shape][0 if convolution._library_is_there() else 1]
+
+
+@pytest.mark.parametrize("count", [16, 64, 100])
+def test_each_call_of_the_library_makes_one_product(library, count):
+    # Of several, threads start threads of their own pool: memory is lost (AVX2, jaxlib 0.10.2).
+    x, k = operands((count, 16, 16, 8), (3, 3, 8), jnp.float32)
+
+    def gradients(x, k):
+        return jax.vmap(jax.grad(lambda k, x: jnp.sum(ours(x[None], k) ** 2)), (None, 0))(k, x)
+
+    for fn in (gradients, jax.grad(lambda x, k: jnp.sum(ours(x, k) ** 2), argnums=1)):
+        text = lowered(fn, x, k, platform="cpu")
+        calls = [line for line in text.splitlines() if "@__onednn$matmul" in line]
+        assert bool(calls) == convolution._library_is_there()
+        assert all(re.search(r": \(tensor<1x\d+x\d+xf32>", line) for line in calls)
 
 
 @pytest.mark.parametrize(
