@@ -1,5 +1,6 @@
-"""Backdoors, and what stops them: BadNets, blended, SIG and WaNet, at 0.5 to 10%
-of the training set, against HINT, its rivals and the detectors of backdoors.
+"""Backdoors, and what stops them: BadNets, blended, SIG, WaNet, label-consistent
+poisons and Sleeper Agent, at 0.5 to 10% of the training set, against HINT, its
+rivals and the detectors of backdoors.
 
   python experiments/backdoor.py --preset quick         # embedded MNIST, CPU
   python experiments/backdoor.py --preset mnist-laptop

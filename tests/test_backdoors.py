@@ -255,9 +255,106 @@ def test_outcome_leaves_out_the_target_class():
     got = evaluation.backdoor_outcome(model, variables, CLEAN, opened, mesh=one_device())
     assert got.success_rate == 1 and got.success_interval == evaluation.wilson(60, 60)
     assert got.accuracy_interval == evaluation.wilson(int(got.correct.sum()), 80)
+    of_one = evaluation.backdoor_outcome(
+        model, variables, CLEAN, opened, source_class=(opened.target_class + 1) % 4
+    )
+    assert len(of_one.triggered) == 20
+    for source_class, message in ((opened.target_class, "the trigger's target"), (7, "class 7")):
+        with pytest.raises(ValueError, match=message):
+            evaluation.backdoor_outcome(model, variables, CLEAN, opened, source_class=source_class)
     with pytest.raises(ValueError, match="all images are of the target class 2"):
         rows = np.flatnonzero(CLEAN.labels == 2)
         evaluation.backdoor_outcome(model, variables, CLEAN.take(rows), trigger)
+
+
+def sleeper_victim(seed=0):
+    model = classifier(Tanh(8), 4, std=(0.3,))
+    return attacks.Victim(model, model.init(jax.random.key(seed), jnp.asarray(UNIT[:1])))
+
+
+def gradient_of(victim, images, label):
+    """Returns the gradient of the mean cross-entropy by all parameters, [P]."""
+
+    def loss(params):
+        logits = network.logits(victim[0], {**victim[1], "params": params}, images)
+        return -jnp.mean(jax.nn.log_softmax(logits)[:, label])
+
+    return jax.flatten_util.ravel_pytree(jax.grad(loss)(victim[1]["params"]))[0]
+
+
+def cosine(x, y):
+    return float(x @ y / jnp.linalg.norm(x) / jnp.linalg.norm(y))
+
+
+@pytest.mark.parametrize("source_class", [None, 1])
+def test_sleeper_agent_s_poisons_pull_as_triggered_images_would_and_hide_the_trigger(source_class):
+    victim = sleeper_victim()
+    attack = attacks.sleeper_agent(
+        [victim], epsilon=0.1, size=3, source_class=source_class, num_steps=40, max_shift=0,
+        flip=False,
+    )  # fmt: skip
+    poisoned = implanted(attack)
+    rows = np.flatnonzero(poisoned.attack_id)
+    np.testing.assert_array_equal(poisoned.labels, CLEAN.labels)
+    own = np.flatnonzero(CLEAN.labels == 2)
+    norms = [jnp.linalg.norm(gradient_of(victim, UNIT[row][None], 2)) for row in own]
+    np.testing.assert_array_equal(rows, np.sort(own[np.argsort(norms)[-8:]]))
+    untouched = np.setdiff1d(np.arange(80), rows)
+    np.testing.assert_array_equal(poisoned.images[untouched], UNIT[untouched])
+    moved = np.abs(poisoned.images[rows] - UNIT[rows])
+    assert 0.05 < moved.max() <= 0.1 + 1e-6
+    # The trigger is colors of its own in a corner, which no poison shows.
+    shown = np.asarray(poisoned.trigger.apply(UNIT[rows]))
+    np.testing.assert_array_equal(shown[:, :-3], UNIT[rows][:, :-3])
+    assert len(np.unique(shown[:, -3:, -3:], axis=0)) == 1
+    assert np.abs(poisoned.images[rows] - shown)[:, -3:, -3:].max() > 0.3
+    sources = CLEAN.labels != 2 if source_class is None else CLEAN.labels == source_class
+    wanted = gradient_of(victim, poisoned.trigger.apply(UNIT[sources]), 2)
+    before, after = (
+        1 - cosine(wanted, gradient_of(victim, x[rows], 2)) for x in (UNIT, poisoned.images)
+    )
+    assert after < 0.5 * before
+
+
+def test_sleeper_agent_trains_its_substitutes_again_on_what_there_is():
+    seen = []
+
+    def retrain(key, dataset):
+        seen.append(dataset)
+        return [sleeper_victim(len(seen))]
+
+    settings = {"epsilon": 0.1, "size": 3, "num_steps": 6, "max_shift": 0, "flip": False}
+    once = implanted(attacks.sleeper_agent([sleeper_victim()], **settings | {"num_steps": 2}))
+    poisoned = implanted(
+        attacks.sleeper_agent([sleeper_victim()], rounds=3, retrain=retrain, **settings)
+    )
+    rows = np.flatnonzero(poisoned.attack_id)
+    assert len(seen) == 2
+    np.testing.assert_array_equal(seen[0].images, once.images)  # after the first round's two steps
+    for dataset in seen:
+        np.testing.assert_array_equal(dataset.labels, CLEAN.labels)
+        changed = np.abs(dataset.images - UNIT).max(axis=(1, 2, 3))
+        np.testing.assert_array_equal(np.flatnonzero(changed), rows)
+    step = np.abs(seen[1].images - seen[0].images)
+    assert 0 < step.max() < 2.1 * 0.1 * 0.3  # two steps of signed Adam, in pixels: rate times std
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rounds": 2}, "give retrain"),
+        ({"num_steps": 1, "rounds": 2, "retrain": lambda key, dataset: []}, "fewer than the 2"),
+        ({"size": 10}, "the images are 9x12"),
+        ({"source_class": 2}, "which is the target class"),
+        ({"source_class": 9}, "class 9 does not occur"),
+        ({"num_sources": 0}, "num_sources must be at least 1"),
+    ],
+)
+def test_bad_arguments_of_sleeper_agent(change, message):
+    with pytest.raises(ValueError, match=message):
+        implanted(attacks.sleeper_agent([sleeper_victim()], **{"size": 3} | change))
+    with pytest.raises(TypeError, match="substitutes are a Victim"):
+        attacks.sleeper_agent(sleeper_victim())
 
 
 @pytest.fixture(scope="module")

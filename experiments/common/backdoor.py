@@ -43,6 +43,8 @@ class Config(Common):
     """Shares of the training set that are poisons; what an attack cannot reach is left out."""
     target_class: int = 0
     """What a trigger shall mean."""
+    patch: int = 8
+    """Side in pixels of the trigger of sleeper."""
     defenses: tuple[str, ...] = (
         *("none", "hint", "hint_every", "recommended", "jpeg", "abl"),
         *FILTERS,
@@ -138,7 +140,7 @@ def reachable(config: Config, seed: int, attack: str, share: float) -> bool:
     """Returns whether there are images enough for a share: clean labels need the target class."""
     labels = sources.load(config, seed).train.labels
     own = np.sum(labels == config.target_class)
-    clean_label = registry.BACKDOORS[attack].make(config).clean_label
+    clean_label = registry.BACKDOORS[attack].clean_label
     return 1 <= round(share * len(labels)) <= (own if clean_label else len(labels) - own)
 
 
@@ -231,11 +233,14 @@ def poisons(work: Work, cell: Cell) -> PoisonedDataset:
     name = f"seed{cell.seed}-{cell.attack}-{cell.share:g}.npz"
     path = work.output.folder / "poisons" / name
     if not hosts.on_main(path.exists):
+        train = sources.load(config, cell.seed).train
+        clean = fit(work, Cell(cell.seed, "clean", 0.0, "none"), train, "none")
+        victim = attacks.Victim(work.model, clean.variables)
         poisoned = attacks.implant(
             jax.random.fold_in(cell.key, 1),
-            sources.load(config, cell.seed).train,
+            train,
             cell.share,
-            registry.BACKDOORS[cell.attack].make(config),
+            registry.BACKDOORS[cell.attack].make(config, victim),
             target_class=config.target_class,
         )
 

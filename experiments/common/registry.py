@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from common.settings import Common, Config
 from jaxpoison import attacks, defenses, models
-from jaxpoison.attacks import Attack, TargetedAttack
+from jaxpoison.attacks import Attack, BackdoorAttack, TargetedAttack
 from jaxpoison.data import Dataset, Splits
 from jaxpoison.defenses import Defense
 
@@ -73,14 +73,16 @@ class AttackEntry:
     Attributes:
       name: in results, and on the command line.
       label: in text.
-      make: makes it from settings; see `UNTARGETED`, `TARGETED` and `TRANSFER`.
+      make: makes it from settings; see `UNTARGETED`, `TARGETED`, `TRANSFER` and `BACKDOORS`.
       note: for --help, what it does.
+      clean_label: of a backdoor, whether its poisons are examples of the target class.
     """
 
     name: str
     label: str
     make: Callable[..., Any]
     note: str = ""
+    clean_label: bool = False
 
 
 def _hint(change: Callable[[Common], dict[str, Any]] | None = None, **changes: Any) -> Make:
@@ -405,23 +407,43 @@ TRANSFER = {
 """`make(epsilon, crafting)` returns a TargetedAttack on heads of a frozen extractor."""
 
 
+def _sleeper_agent(config: Any, victim: attacks.Victim) -> BackdoorAttack:
+    recipe = config.recipe
+    return attacks.sleeper_agent(
+        [victim], epsilon=config.epsilon, size=config.patch, max_shift=recipe.max_shift,
+        flip=recipe.flip,
+    )  # fmt: skip
+
+
 BACKDOORS = {
     entry.name: entry
     for entry in (
         AttackEntry(
-            "badnets", "BadNets", lambda config: attacks.badnets(), "a white square in a corner"
+            "badnets", "BadNets", lambda config, victim: attacks.badnets(),
+            "a white square in a corner",
         ),
         AttackEntry(
-            "blended", "Blended", lambda config: attacks.blended(), "a faint random pattern"
+            "blended", "Blended", lambda config, victim: attacks.blended(),
+            "a faint random pattern",
         ),
         AttackEntry(
-            "sig", "SIG", lambda config: attacks.sig(delta=config.epsilon),
-            "a wave of --epsilon, labels kept",
+            "sig", "SIG", lambda config, victim: attacks.sig(delta=config.epsilon),
+            "a wave of --epsilon, labels kept", clean_label=True,
         ),
-        AttackEntry("wanet", "WaNet", lambda config: attacks.wanet(), "a smooth warp"),
+        AttackEntry("wanet", "WaNet", lambda config, victim: attacks.wanet(), "a smooth warp"),
+        AttackEntry(
+            "label_consistent", "label-consistent",
+            lambda config, victim: attacks.label_consistent(victim, epsilon=config.epsilon),
+            "corner patterns on adversarial images within --epsilon, labels kept",
+            clean_label=True,
+        ),
+        AttackEntry(
+            "sleeper", "Sleeper Agent", _sleeper_agent,
+            "a patch that no poison shows, within --epsilon, labels kept", clean_label=True,
+        ),
     )
 }  # fmt: skip
-"""`make(config)` returns a BackdoorAttack."""
+"""`make(config, victim)` returns a BackdoorAttack; the victim was trained on clean data."""
 
 
 def make_attack(config: Config, name: str) -> Attack:

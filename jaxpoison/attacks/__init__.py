@@ -30,6 +30,7 @@ from jaxpoison.attacks.label_consistent import label_consistent as label_consist
 from jaxpoison.attacks.mixture import mixture as mixture
 from jaxpoison.attacks.polytope import convex_polytope as convex_polytope
 from jaxpoison.attacks.sig import sig as sig
+from jaxpoison.attacks.sleeper import sleeper_agent as sleeper_agent
 from jaxpoison.attacks.toolkit import bp_toolkit as bp_toolkit
 from jaxpoison.attacks.toolkit import fc_toolkit as fc_toolkit
 from jaxpoison.attacks.transfer import Draws as Draws

@@ -101,9 +101,19 @@ def gradient_matching(
 
 
 def craft(
-    settings: GradientMatching, keys, substitutes, bases, base_labels, targets, progress=None
+    settings: GradientMatching,
+    keys,
+    substitutes,
+    bases,
+    base_labels,
+    targets,
+    progress=None,
+    starts=None,
 ) -> Crafted:
-    """Returns the poisons of T trials, one trial after another; see `TargetedCraftFn`."""
+    """Returns the poisons of T trials, one trial after another; see `TargetedCraftFn`.
+
+    With `starts`, shaped like `bases`, every descent begins there instead of at random.
+    """
     networks, trials = checked_trials(keys, substitutes, bases, base_labels, targets)
     mesh = devices.data_mesh()
     begin, run = shared(_compiled, settings, networks, mesh)
@@ -112,7 +122,8 @@ def craft(
     images, objectives = [], []
     for index in range(num_trials):
         trial = Trial(*(leaf[index] for leaf in trials))
-        placed = devices.replicate((variables, trial), mesh)
+        start = None if starts is None else starts[index]
+        placed = devices.replicate((variables, trial, start), mesh)
         results = []
         for restart in range(settings.restarts):
             constants, carry = begin(*placed, restart)
@@ -183,10 +194,11 @@ def _optimizer(settings, networks):
     return signed_adam(settings.learning_rate / len(networks), settings.num_steps)
 
 
-def _begin(settings, networks, variables, trial, restart):
+def _begin(settings, networks, variables, trial, start, restart):
     """Returns (constants, carry) of the loop over steps."""
     start_key, step_key = jax.random.split(jax.random.fold_in(trial.key, restart))
-    start = normal_start(start_key, trial.bases, settings.epsilon)
+    if start is None:
+        start = normal_start(start_key, trial.bases, settings.epsilon)
     poisons = projection(trial.bases, settings.epsilon)(start)
     wanted = [
         jax.grad(functools.partial(_target_loss, network, one, trial))(one["params"])

@@ -2,7 +2,8 @@
 
 The attacker changes some examples and hands the set out; at test time the trigger alone is enough.
 With dirty labels any other class's examples get trigger and target class; with clean labels
-examples of the target class get the trigger, and what a person sees in them agrees with the label.
+examples of the target class get the trigger, or with a hidden one a change that does what examples
+with the trigger would; what a person sees in them agrees with the label.
 """
 
 import operator
@@ -55,11 +56,15 @@ def implant(
     images = np.array(to_unit(clean.images))
     trigger = attack.make_trigger(trigger_key, images.shape[1:], target_class)
     check_trigger(trigger, images.shape[1:])
-    bases = jnp.asarray(images[poisons])
-    if attack.prepare is not None:
-        prepare_key = jax.random.fold_in(trigger_key, 1)
-        bases = attack.prepare(prepare_key, bases, jnp.asarray(labels[poisons]))
-    changed = trigger.apply(bases)
+    craft_key = jax.random.fold_in(trigger_key, 1)
+    if attack.craft is not None:
+        dataset = Dataset(images, labels)
+        poisons, changed = attack.craft(craft_key, trigger, dataset, len(poisons))
+    else:
+        bases = jnp.asarray(images[poisons])
+        if attack.prepare is not None:
+            bases = attack.prepare(craft_key, bases, jnp.asarray(labels[poisons]))
+        changed = trigger.apply(bases)
     if attack.cover is not None and len(covers):
         covered = attack.cover(cover_key, trigger, jnp.asarray(images[covers]))
         images[covers] = devices.to_host(covered)

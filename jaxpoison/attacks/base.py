@@ -135,6 +135,9 @@ class BackdoorAttack(NamedTuple):
       cover: `cover(key, trigger, images) -> images`, what is done to covers.
       prepare: `prepare(key, images, labels) -> images`, what is done to poisons before they get the
         trigger.
+      craft: `craft(key, trigger, dataset, num_poisons) -> (rows, images)`: chooses the poisons, in
+        ascending order, and changes them, where they do not show the trigger. The images of
+        `dataset` are float32 in [0, 1].
     """
 
     name: str
@@ -144,6 +147,7 @@ class BackdoorAttack(NamedTuple):
     cover_ratio: float = 0.0
     cover: Callable[[jax.Array, Trigger, Any], jax.Array] | None = None
     prepare: Callable[[jax.Array, Any, Any], jax.Array] | None = None
+    craft: Callable[[jax.Array, Trigger, Any, int], tuple[np.ndarray, jax.Array]] | None = None
 
 
 class Trials(NamedTuple):
@@ -288,12 +292,8 @@ def network_of(victim: Any, image_shape: Sequence[int], name: str = "victim") ->
     return network
 
 
-def networks_of(substitutes: Any, image_shape: Sequence[int]) -> tuple[Network, ...]:
-    """Returns the networks of substitutes, as `network_of` does.
-
-    Raises:
-      TypeError: if they are no sequence of victims. ValueError: if there is none.
-    """
+def check_substitutes(substitutes: Any) -> None:
+    """Raises a TypeError unless this is a sequence of victims; a ValueError if it is empty."""
     if isinstance(substitutes, Victim) or not isinstance(substitutes, Sequence):
         raise TypeError(
             f"substitutes are a {type(substitutes).__name__}; expected a list of "
@@ -301,6 +301,17 @@ def networks_of(substitutes: Any, image_shape: Sequence[int]) -> tuple[Network, 
         )
     if not substitutes:
         raise ValueError("crafting needs at least one substitute network")
+    for number, one in enumerate(substitutes):
+        check_victim(one, f"substitutes[{number}]")
+
+
+def networks_of(substitutes: Any, image_shape: Sequence[int]) -> tuple[Network, ...]:
+    """Returns the networks of substitutes, as `network_of` does.
+
+    Raises:
+      TypeError: if they are no sequence of victims. ValueError: if there is none.
+    """
+    check_substitutes(substitutes)
     return tuple(
         network_of(one, image_shape, f"substitutes[{number}]")
         for number, one in enumerate(substitutes)

@@ -13,10 +13,10 @@ from jaxpoison.evaluation.statistics import wilson
 
 
 class BackdoorOutcome(NamedTuple):
-    """Predictions of one network for a test set of T images, M of them of other classes.
+    """Predictions of one network for a test set of T images, M of them of the source classes.
 
     Attributes:
-      triggered: int32 [M], of images with the trigger whose true class is not the target class.
+      triggered: int32 [M], of images with the trigger whose true class is a source class.
       success: bool [M], whether that is the target class.
       correct: bool [T], whether the image without the trigger is classified right.
     """
@@ -52,6 +52,7 @@ def backdoor_outcome(
     test: Dataset,
     trigger: Trigger,
     *,
+    source_class: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> BackdoorOutcome:
     """Returns what a network says of a clean test set, without and with a trigger.
@@ -64,17 +65,24 @@ def backdoor_outcome(
       variables: its trained variables.
       test: clean test images, as `data.as_dataset` takes them.
       trigger: such as `PoisonedDataset.trigger`.
+      source_class: the class whose images get the trigger; default all but the target class.
       mesh: devices to use; default all.
 
     Raises:
-      TypeError, ValueError: for bad images or labels, a trigger that does not fit them, or a test
-        set of the target class alone.
+      TypeError, ValueError: for bad images or labels, a trigger that does not fit them, a source
+        class that is the target class, or a test set without images of a source class.
     """
     test = as_dataset(test, "test set")
     net = network.as_network(model, image_shape=test.images.shape[1:])
     check(test, net.num_classes, "test set")
     check_range(np.array([trigger.target_class]), net.num_classes, "target class of the trigger")
     others = np.asarray(test.labels) != trigger.target_class
+    if source_class is not None:
+        if source_class == trigger.target_class:
+            raise ValueError(f"source_class is {source_class}, which is the trigger's target class")
+        others = np.asarray(test.labels) == source_class
+        if not others.any():
+            raise ValueError(f"source_class: class {source_class} does not occur in the test set")
     if not others.any():
         raise ValueError(
             f"test set: all images are of the target class {trigger.target_class}; a backdoor is "
