@@ -9,7 +9,7 @@ five trusted images a class, and handed to cleanlab's Datalab and ART's detector
 (`audit_rivals.py`, in an environment that has them) with the same features and the same
 out-of-sample predictions. Every way to rank images is measured by average precision (AP), with a
 bootstrap interval over images, and by the share of faults above all but 1% and 5% of the other
-images. The audit's own rankings are by the p-values of its findings on labels and on poisons.
+images. The audit's own rankings, of labels and of poisons, are those of its report: by q, then p.
 Cells are resumed: what is in --work is not done again.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 from audit_threats import Case, plant
 
 from jaxpoison import audit, runs
-from jaxpoison.audit import foreign
+from jaxpoison.audit import foreign, power
 from jaxpoison.audit.verdict import Scores
 from jaxpoison.data import Dataset
 from jaxpoison.data.readers import Source
@@ -159,9 +159,11 @@ def judged(done: audit.Audit, changed: np.ndarray) -> dict[str, Any]:
     families = {family.threat.name: family for family in done.judgement.families}
     ranked = {}
     for kind in ("label", "poison"):
-        p = [family.p for family in families.values() if family.threat.kind == kind]
-        if p:
-            ranked[f"audit, {kind}"] = -np.log(np.min(p, axis=0))
+        own = [family for family in families.values() if family.threat.kind == kind]
+        if own:
+            pairs = np.stack(power.least(own, len(changed)), axis=1)
+            _, place = np.unique(pairs, axis=0, return_inverse=True)  # in order of q, then p
+            ranked[f"audit, {kind}"] = -place.ravel()
     checks = {
         check.name: found.score
         for check in done.judgement.checks

@@ -41,6 +41,30 @@ def family(found, in_copy, checks=BOTH, copy=None):
     return only
 
 
+def test_the_extreme_image_of_a_threat_that_is_not_there_comes_after_all_faults():
+    faulty, odd = range(3_000, 3_030), 1_234
+    copy = Planted(None, np.arange(100, 180), np.array(["patch"] * 40 + ["collision"] * 40))
+    checks = check("marks", ("patch",), "poison"), check("near", ("collision",), "poison")
+    there, not_there = power.families(
+        checks,
+        {"marks": scored(normal(0, faulty)), "near": scored(normal(1, [odd], shift=9.0))},
+        {
+            "marks": scored(normal(2, [*faulty, *copy.rows[:40]])),
+            "near": scored(normal(3, [odd, *copy.rows[40:]], shift=9.0)),
+        },
+        copy,
+    )
+    assert not_there.p[odd] == min(np.min(there.p), np.min(not_there.p))  # by p alone it is first
+    q, p = power.least((there, not_there), NUM)
+    order = np.lexsort((p, q))
+    places = np.argsort(order)
+    found = [row for row in faulty if there.flagged[row]]
+    assert len(found) > 25 and places[odd] > max(places[found])
+    np.testing.assert_array_equal(q, np.minimum(there.q, not_there.q))
+    none = power.least((), 3)
+    np.testing.assert_array_equal(none, np.ones((2, 3)))
+
+
 def test_faults_are_flagged_and_others_are_not():
     faulty = range(3_000, 3_050)
     copy = planted(count=100)

@@ -178,14 +178,14 @@ def report(
 
 
 def _in_order(judgement, all_kinds):
-    """Returns rows with a finding: one image under two labels, then by severity and p-value."""
+    """Returns rows with a finding: one image under two labels, then by severity, q and p."""
     rows = np.flatnonzero(all_kinds != "")
-    p = np.min([family.p for family in judgement.families] or [np.ones(len(all_kinds))], axis=0)
+    q, p = power.least(judgement.families, len(all_kinds))
     by_rule = flagged_by_rule(judgement, "label")
     rank = np.array([_KINDS.index(kind) for kind in all_kinds[rows]], int)
     if by_rule is not None:
         rank = np.where(by_rule[rows], -1, rank)
-    return rows[np.lexsort((p[rows], rank))]
+    return rows[np.lexsort((p[rows], q[rows], rank))]
 
 
 def _finding(judgement, evidence, row, kind, picture):

@@ -108,6 +108,19 @@ def families(
     )
 
 
+def least(families: Sequence[Family], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (q, p), float64 [N] each, of the family that is surest of each image; 1 without any.
+
+    The surest has the smallest q, then the smallest p. p alone would not do: in every family some
+    image is the most extreme one, whether the data have its threat or not.
+    """
+    q, p = np.ones(num_rows), np.ones(num_rows)
+    for family in families:
+        surer = (family.q < q) | ((family.q == q) & (family.p < p))
+        q, p = np.where(surer, family.q, q), np.where(surer, family.p, p)
+    return q, p
+
+
 def shortcuts(
     checks: Sequence[Check], copy_with: Callable[[float], Evidence]
 ) -> tuple[Shortcut, ...]:
