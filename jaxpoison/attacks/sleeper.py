@@ -29,7 +29,6 @@ from jaxpoison.network import shared
 
 Retrain = Callable[[jax.Array, Dataset], Sequence[Victim]]
 """`retrain(key, dataset) -> substitutes`, trained from new weights on the set."""
-_EXAMPLES_AT_ONCE = 32
 
 
 def sleeper_agent(
@@ -170,7 +169,7 @@ def _norms(network):
 
     @jax.jit
     def norms(variables, images, label):
-        of_one = functools.partial(norm, variables, label)
-        return jax.lax.map(of_one, images, batch_size=min(_EXAMPLES_AT_ONCE, len(images)))
+        # One by one: batches of gradients by kernels take long to compile, and this is done once.
+        return jax.lax.map(functools.partial(norm, variables, label), images)
 
     return norms

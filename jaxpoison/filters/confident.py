@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from jaxpoison.core.extras import require
 from jaxpoison.filters.features import checked, verdict
@@ -42,17 +43,17 @@ def confident_learning(features: Any, y: Any, *, num_folds: int = 5, seed: int =
             f"not {num_folds}"
         )
     num_folds, seed = int(num_folds), int(seed)
-    probabilities = np.asarray(
-        model_selection.cross_val_predict(
-            pipeline.make_pipeline(
-                preprocessing.StandardScaler(), linear_model.LogisticRegression(max_iter=1000)
-            ),
-            features,
-            labels,
-            cv=model_selection.StratifiedKFold(num_folds, shuffle=True, random_state=seed),
-            method="predict_proba",
-        )
+    head = pipeline.make_pipeline(
+        preprocessing.StandardScaler(), linear_model.LogisticRegression(max_iter=1000)
     )
+    folds = model_selection.StratifiedKFold(num_folds, shuffle=True, random_state=seed)
+    # Products are too small for several threads, which wait for each other and spin.
+    with threadpool_limits(1, user_api="blas"):
+        probabilities = np.asarray(
+            model_selection.cross_val_predict(
+                head, features, labels, cv=folds, method="predict_proba"
+            )
+        )
     flagged = cleanlab.find_label_issues(labels, probabilities, n_jobs=1)
     places = np.arange(len(labels))
     others = probabilities.copy()
