@@ -1,7 +1,7 @@
 """How many trusted images HINT and its rivals need, and what wrong labels among
 them do: an attacker who reaches the trusted set.
 
-  python experiments/trusted_set.py --preset mnist-laptop   # embedded MNIST, CPU
+  python experiments/trusted_set.py --preset mnist-laptop  # embedded MNIST, CPU
   python experiments/trusted_set.py --preset quick
 
 All training images are poisoned. Trusted sets of 10 to 1,000 images, the same

@@ -229,7 +229,7 @@ def backdoors(result: dict[str, Any]) -> Table:
         if attack == "clean" or not undefended:
             continue
         chance = statistics.mean(100 * row["by_chance"] for row in undefended)
-        cells = [_backdoor_cell([row for row in own if row["defense"] == name]) for name in names]
+        cells = [backdoor_cell([row for row in own if row["defense"] == name]) for name in names]
         lines.append([BACKDOORS[attack].label, f"{100 * share:g}", f"{chance:.1f}", *cells])
     return Table(
         f"Backdoors to class {config['target_class']}: share of triggered test images of other "
@@ -241,7 +241,8 @@ def backdoors(result: dict[str, Any]) -> Table:
     )
 
 
-def _backdoor_cell(group):
+def backdoor_cell(group: Rows) -> str:
+    """Returns success / accuracy in percent and, of a filter, what it found and flagged."""
     if not group:
         return NOT_RUN
     success = statistics.mean(100 * row["successes"] / row["num_triggered"] for row in group)
