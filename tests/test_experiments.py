@@ -298,7 +298,7 @@ def test_the_scale_of_the_papers_in_small(tmp_path):
 def test_backdoors_in_small(tmp_path):
     flags = ("--preset", "quick", "--train-examples", "256", "--test-examples", "100")
     flags += ("--trusted-examples", "64", "--recipe.epochs", "2", "--attacks", "badnets", "sig")
-    flags += ("--defenses", "none", "spectre", "--shares", "0.05", "0.2")
+    flags += ("--defenses", "none", "layers", "attribution", "--shares", "0.05", "0.2")
     done = run("backdoor.py", tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "run" / "result.json").read_text())["rows"]
@@ -306,11 +306,11 @@ def test_backdoors_in_small(tmp_path):
     # A tenth of the images has the target class, so SIG cannot poison a fifth.
     both = [("badnets", 0.05), ("badnets", 0.2), ("sig", 0.05)]
     assert cells == {("clean", 0.0, "none")} | {
-        (*one, name) for one in both for name in ("none", "spectre")
+        (*one, name) for one in both for name in ("none", "layers", "attribution")
     }
     for row in rows:
         assert row["num_train"] == 256
-        if row["defense"] == "spectre":
+        if row["defense"] in ("layers", "attribution"):
             assert 0 <= row["poison_recall"] <= 1 and "by_chance" not in row
     poisoned = attacks.load(tmp_path / "run" / "poisons" / "seed0-badnets-0.2.npz")
     assert poisoned.images.dtype == "uint8" and (poisoned.attack_id == 1).sum() == 51
