@@ -74,6 +74,11 @@ WORTH = findings.Worth(
     "Leave out what was flagged.",
     "It measured best, and its interval is above zero.",
 )
+CERTIFICATE = findings.Certificate(
+    50, 500, 0.76,
+    (findings.CertificateRow(1, 0.93, 0.72), findings.CertificateRow(20, 0.1, 0.1)),
+    "Of 50 linear classifiers the majority is right on 76% of 500 trusted images.",
+)  # fmt: skip
 _FAULTS = (
     ("label", ("neighbors", "margins"), "{} of its 10 nearest neighbors are '{}'."),
     ("poison", ("witnesses",), "The foreign witness sees '{1}' ({0} of 10 neighbors), the trained one believes the label."),  # noqa: E501
@@ -142,7 +147,8 @@ def sample(number: int = 36, *, hostile: bool = False) -> findings.Report:
                 "Its weights: what a shortcut would look like.",
             ),
         ),
-        power=POWER, worth=WORTH, ask=tuple(finding.id for finding in found[-6:]),
+        power=POWER, worth=WORTH, certificate=CERTIFICATE,
+        ask=tuple(finding.id for finding in found[-6:]),
         pictures=pictures, config={"quick": False, "seed": 0, "trusted": None, "size": [32, 32]},
         replay="jaxpoison audit /data/photos --seed 0",
     )  # fmt: skip

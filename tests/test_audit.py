@@ -18,6 +18,7 @@ from PIL import Image
 
 from jaxpoison import cli
 from jaxpoison.audit import _audit, assemble, findings, foreign, measure, plant
+from jaxpoison.audit import command as cli_command
 from jaxpoison.data import load_embedded
 from jaxpoison.data.readers import Source, open_source
 
@@ -363,6 +364,26 @@ def test_arrays_go_in_and_pandas_come_out(images):
     assert len(frame) == len(result.report.findings) and "q_value" in frame
     assert result.flagged.shape == (300,)
     assert not isinstance(result.evidence.images, np.memmap)
+
+
+def test_a_certificate_is_a_line_of_the_report(images, monkeypatch):
+    trusted = load_embedded("cifar10").validation.take(np.arange(50))
+    settings = dataclasses.replace(QUICK, certify=5)
+    result = _audit.audit(
+        images.images, images.labels, trusted=(trusted.images, trusted.labels), settings=settings
+    )
+    found = result.report.certificate
+    assert (found.num_parts, found.num_images) == (5, 50)
+    assert found.reason in result.report.summary and "50 trusted images" in found.reason
+    # Whitening depends on all images; what is certified must not.
+    monkeypatch.setattr(_audit.witness, "whitening", lambda embedding: lambda rows: rows[:, ::-1])
+    again = _audit.audit(
+        images.images, images.labels, trusted=(trusted.images, trusted.labels), settings=settings
+    )
+    assert again.report.certificate == found
+    options = cli_command.audit_parser().parse_args(["photos", "--certify", "5"])
+    assert cli_command._settings(options).certify == 5
+    assert cli_command._command(options)[-4:] == ["--certify", "5", "--seed", "0"]
 
 
 def test_the_example_of_the_guide():

@@ -13,10 +13,12 @@ import time
 import backdoor as backdoor_grid
 import cifar_hint
 import mnist_hint
+import numpy as np
 import pytest
 import transfer_filter
+import trusted_set
 import untargeted
-from common import backdoor, cli, predictions, registry, sources, study
+from common import backdoor, cli, predictions, registry, sources, study, trusted
 from programs import ROOT, environment, refusal, run_script, script_command, squeezed
 
 from jaxpoison import attacks
@@ -228,7 +230,12 @@ def test_flags_of_inner_settings_are_named_and_presets_pass():
         cli.check_flags(dataclasses.replace(config, recipe=recipe))
     for module in (cifar_hint, mnist_hint):
         cli.check_flags(module.PAPER)
-    for presets in (untargeted.PRESETS, transfer_filter.PRESETS, backdoor_grid.PRESETS):
+    for presets in (
+        untargeted.PRESETS,
+        transfer_filter.PRESETS,
+        backdoor_grid.PRESETS,
+        trusted_set.PRESETS,
+    ):
         for preset in presets.values():
             cli.check_flags(preset)
 
@@ -291,7 +298,7 @@ def test_the_scale_of_the_papers_in_small(tmp_path):
 def test_backdoors_in_small(tmp_path):
     flags = ("--preset", "quick", "--train-examples", "256", "--test-examples", "100")
     flags += ("--trusted-examples", "64", "--recipe.epochs", "2", "--attacks", "badnets", "sig")
-    flags += ("--defenses", "none", "spectre", "--shares", "0.05", "0.2")
+    flags += ("--defenses", "none", "layers", "attribution", "--shares", "0.05", "0.2")
     done = run("backdoor.py", tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "run" / "result.json").read_text())["rows"]
@@ -299,11 +306,11 @@ def test_backdoors_in_small(tmp_path):
     # A tenth of the images has the target class, so SIG cannot poison a fifth.
     both = [("badnets", 0.05), ("badnets", 0.2), ("sig", 0.05)]
     assert cells == {("clean", 0.0, "none")} | {
-        (*one, name) for one in both for name in ("none", "spectre")
+        (*one, name) for one in both for name in ("none", "layers", "attribution")
     }
     for row in rows:
         assert row["num_train"] == 256
-        if row["defense"] == "spectre":
+        if row["defense"] in ("layers", "attribution"):
             assert 0 <= row["poison_recall"] <= 1 and "by_chance" not in row
     poisoned = attacks.load(tmp_path / "run" / "poisons" / "seed0-badnets-0.2.npz")
     assert poisoned.images.dtype == "uint8" and (poisoned.attack_id == 1).sum() == 51
@@ -311,6 +318,64 @@ def test_backdoors_in_small(tmp_path):
     assert "| BadNets | 20 |" in table and "| SIG | 5 |" in table
     again = run("backdoor.py", tmp_path / "run", *flags)
     assert again.returncode == 0 and "epoch" not in again.stdout.split("Backdoors to class")[0]
+
+
+def test_trusted_sets_in_small(tmp_path):
+    flags = ("--preset", "quick", "--train-examples", "192", "--test-examples", "100")
+    flags += ("--recipe.batch-size", "64", "--recipe.epochs", "2", "--hint.schedule", "1")
+    flags += ("--trusted-epochs", "2", "--attacks", "durp", "--sizes", "20")
+    flags += ("--wrong-size", "20", "--defenses", "recommended", "trusted")
+    done = run("trusted_set.py", tmp_path / "run", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    cells = [
+        (row["poison_ratio"], row["num_trusted"], row["wrong_share"], row["defense"])
+        for row in result["rows"]
+    ]
+    assert sorted(cells) == sorted(
+        [(0.0, 0, 0.0, "none"), (1.0, 0, 0.0, "none")]
+        + [(1.0, 20, wrong, name) for wrong in (0.0, 0.1) for name in ("recommended", "trusted")]
+    )
+    table = squeezed((tmp_path / "run" / "table.md").read_text())
+    assert "| trusted images | wrong labels, % | recommended | trusted images alone |" in table
+    assert "| 20 | 10 |" in table
+    again = run("trusted_set.py", tmp_path / "run", *flags)
+    assert again.returncode == 0 and ": epoch" not in again.stdout
+
+
+def test_trusted_sets_are_balanced_nested_and_as_wrong_as_asked():
+    config = trusted_set.PRESETS["mnist-laptop"]
+    sets = {
+        (cell.num_trusted, cell.wrong_share): trusted.trusted_images(config, cell)
+        for cell in trusted.cells_of(config, 0)
+        if isinstance(cell, trusted.TrustedCell)
+    }
+    train = {image.tobytes() for image in sources.load(config, 0).train.images}
+    for (size, wrong), dataset in sets.items():
+        if not wrong:
+            assert np.bincount(dataset.labels).tolist() == [size // 10] * 10
+            np.testing.assert_array_equal(dataset.images, sets[1000, 0].images[:size])
+    assert not train & {image.tobytes() for image in sets[1000, 0].images}
+    right = sets[300, 0.0]
+    for wrong in (0.01, 0.05, 0.1):
+        moved = sets[300, wrong]
+        np.testing.assert_array_equal(moved.images, right.images)
+        assert (moved.labels != right.labels).sum() == 300 * wrong
+        assert set((moved.labels - right.labels) % 10) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sizes": (15,)}, "multiples of the 10 classes, not 15"),
+        ({"sizes": (5000,)}, "takes 500 images of each class; there are"),
+        ({"wrong_shares": (2.0,)}, r"must be in \[0, 1\], not 2"),
+        ({"poison_ratios": (0.5, 1.0)}, "name one poison ratio"),
+    ],
+)
+def test_a_trusted_set_that_cannot_be_is_refused_before_any_work(change, message):
+    with pytest.raises(ValueError, match=message):
+        trusted.check(dataclasses.replace(trusted_set.PRESETS["mnist-laptop"], **change))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sensitivity
 import untargeted
-from common import cost, figures, page, registry, sources, study, tables
+from common import cost, figures, page, registry, sources, study, tables, threats
 from common.settings import Cell
 from programs import ROOT, refusal, run_script, squeezed
 
@@ -301,6 +301,56 @@ def test_the_results_page_is_that_of_the_committed_results():
     assert text == page.page(EXPERIMENTS / "results", ROOT / "docs"), (
         "run python experiments/tables.py"
     )
+
+
+def test_the_page_of_threats_is_that_of_the_committed_results():
+    text = (ROOT / "docs" / "threats.md").read_text()
+    assert text == threats.page(EXPERIMENTS / "results", ROOT / "docs"), (
+        "run python experiments/tables.py"
+    )
+
+
+def committed(name):
+    return json.loads((EXPERIMENTS / "results" / name / "result.json").read_text())
+
+
+def lines_of(heading, start):
+    """Returns cells of the lines of a table of the page of threats that start so."""
+    text = squeezed((ROOT / "docs" / "threats.md").read_text()).split(f"## {heading}\n")[1]
+    lines = text.split("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in rows if row[0] == start]
+
+
+def test_threats_are_looked_up_where_they_were_measured():
+    (header,) = lines_of("Training from scratch", "defense")
+    (none,) = lines_of("Training from scratch", "none")
+    (atda,) = lines_of("Training from scratch", "ATDA")
+    rows = committed("untargeted-mnist-schedule")["rows"]
+    mean = np.mean([100 * r["test_accuracy"] for r in rows
+                    if r["defense"] == "none" and r["poison_ratio"] == 1])  # fmt: skip
+    assert none[1].startswith(f"{mean:.2f} ± ")
+    # DeepConfuse was run with few defenses; others must not borrow figures of other attacks.
+    assert atda[header.index("DeepConfuse, digits")] == "-"
+    blended = header.index("Blended 5%, digits")
+    (row,) = (
+        r for r in committed("backdoor-mnist-laptop")["rows"]
+        if (r["attack"], r["share"], r["defense"]) == ("blended", 0.05, "activation")
+    )  # fmt: skip
+    (clustering,) = lines_of("Training from scratch", "activation clustering")
+    success = 100 * row["successes"] / row["num_triggered"]
+    assert clustering[blended].startswith(f"{success:.1f} / {100 * row['test_accuracy']:.1f} ")
+
+
+def test_threats_count_the_attacks_that_a_filter_leaves():
+    rows = [r for r in committed("transfer-cifar10-laptop")["rows"] if "filters" in r]
+    name = "deep k-NN"
+    each = [r["filters"][name] for r in rows if r["share"] == 0.8]
+    left = f"{sum(e['successes'] for e in each)} of {sum(e['trials'] for e in each)}"
+    (line,) = lines_of("Transfer learning", name)
+    assert line[-2] == left == "65 of 120"
+    kinds = [cell.split(" of ") for cell in line[1:4]]
+    assert sum(int(total) for _, total in kinds) == 420
 
 
 def test_accuracy_over_p_is_drawn(tmp_path):

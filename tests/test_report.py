@@ -87,6 +87,7 @@ def test_counts_leave_out_what_was_overruled(report):
         (("power", 0, "found"), 51, r"found must be in \[0, 50\]"),
         (("power", 0, "checks"), {"neighbors": 2}, r"must be in \[0, 1\]"),
         (("worth", "rows", 0, "low"), 0.5, "mean must be in its interval"),
+        (("certificate", "rows", 0, "right"), 0.95, r"right must be in \[0, 0.93\]"),
         (("wholes", 0, "flagged"), 0, "flagged: expected true or false"),
         (("problems", 0), [], "expected an object, found a list"),
     ],

@@ -17,19 +17,48 @@ import numpy as np
 
 from common import cli, registry, sources, tables
 from common.settings import Common
-from jaxpoison import attacks, evaluation, filters, models, network, runs, training
+from jaxpoison import attacks, data, evaluation, filters, models, network, runs, training
 from jaxpoison.attacks import PoisonedDataset
 from jaxpoison.core import devices, hosts
 from jaxpoison.data import Dataset
 from jaxpoison.training import Checkpoints, TrainState
 from jaxpoison.training.recipe import steps_per_epoch
 
-FILTERS: dict[str, Callable[..., filters.FilterResult]] = {
-    "spectral": filters.spectral_signatures,
-    "spectre": filters.spectre,
-    "activation": filters.activation_clustering,
+Judge = Callable[[models.Classifier, Any, Dataset, Dataset], filters.FilterResult]
+
+
+def _of_features(make: Callable[..., filters.FilterResult]) -> Judge:
+    """Returns the verdict of a filter that sees the features that the victim has of its data."""
+    return lambda model, variables, train, trusted: make(
+        np.asarray(network.features(model, variables, train.images)), train.labels
+    )
+
+
+def _by_layers(model, variables, train, trusted):
+    net = network.as_network(model)
+    extract = jax.jit(lambda images: filters.extract_charvec(net, variables, data.to_float(images)))
+    steps = range(0, len(train.labels), 500)
+    parts = [extract(train.images[start : start + 500]) for start in steps]
+    vectors = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    return filters.layer_clustering(vectors, train.labels)
+
+
+def _by_trusted(model, variables, train, trusted):
+    known, own = (
+        np.asarray(network.features(model, variables, part.images)) for part in (trusted, train)
+    )
+    return filters.trusted_attribution(own, train.labels, trusted=(known, trusted.labels))
+
+
+FILTERS: dict[str, Judge] = {
+    "spectral": _of_features(filters.spectral_signatures),
+    "spectre": _of_features(filters.spectre),
+    "activation": _of_features(filters.activation_clustering),
+    "layers": _by_layers,
+    "attribution": _by_trusted,
 }
-"""What may follow `none`: the filter by its name among the rows of the registry."""
+"""What may follow `none`, by its name among the rows of the registry: a function of the undefended
+network, its variables, the training set and the trusted images."""
 SELECTION = ("attacks", "shares", "defenses", "seeds")  # they only choose cells
 
 
@@ -181,8 +210,9 @@ def filtered(
     """Returns which examples a filter keeps, bool [N], and how right it is."""
     train = poisoned.dataset
     victim = fit(work, dataclasses.replace(cell, defense="none"), train, "none", poisoned)
-    found = network.features(work.model, victim.variables, train.images)
-    flagged = np.asarray(FILTERS[cell.defense](np.asarray(found), train.labels).is_poison)
+    trusted = sources.load(work.config, cell.seed).validation
+    found = FILTERS[cell.defense](work.model, victim.variables, train, trusted)
+    flagged = np.asarray(found.is_poison)
     real = poisoned.attack_id == 1
     rates = {
         "poison_recall": float(flagged[real].mean()),

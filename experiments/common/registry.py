@@ -274,6 +274,8 @@ _ENTRIES = (
     DefenseEntry("spectral", "spectral signatures", "filter", None),
     DefenseEntry("spectre", "SPECTRE", "filter", None),
     DefenseEntry("activation", "activation clustering", "filter", None),
+    DefenseEntry("layers", "clusters over all layers", "filter", None),
+    DefenseEntry("attribution", "trusted attribution", "filter", None),
     DefenseEntry(
         "mixup", "MixUp", "control",
         lambda config, model, splits: defenses.mixup(model.num_classes),

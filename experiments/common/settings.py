@@ -8,6 +8,7 @@ import jax
 
 from jaxpoison import models, runs
 from jaxpoison.attacks import DeepConfuseConfig
+from jaxpoison.data import Dataset
 from jaxpoison.defenses import AblConfig, EpicConfig, FatConfig, FriendsConfig, HintConfig
 from jaxpoison.training import Recipe
 
@@ -96,6 +97,8 @@ class Work(runs.Work):
 
     config: Config
     model: models.Classifier
+    trusted: Dataset | None = None
+    """Trusted images in place of those of the split."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -178,7 +178,7 @@ def epochs_of(config: Config, cell: Cell) -> int:
 
 def train_cell(work: Work, cell: Cell) -> dict[str, Any]:
     """Trains one model and returns what became of it."""
-    recipe, splits = work.config.recipe, sources.load(work.config, cell.seed)
+    recipe, splits = work.config.recipe, splits_of(work, cell)
     train, is_poisoned = splits.train, np.zeros(len(splits.train.labels))
     if cell.defense == "trusted":
         train = splits.validation
@@ -219,7 +219,7 @@ def train_cell(work: Work, cell: Cell) -> dict[str, Any]:
 
 def fit(work: Work, cell: Cell, train: Dataset, recipe: Recipe, report=None) -> TrainState:
     """Trains one cell, or continues it, or just restores it where it has finished."""
-    splits = sources.load(work.config, cell.seed)
+    splits = splits_of(work, cell)
     checkpoints = checkpoints_of(work, cell)
     try:
         return training.fit(
@@ -234,6 +234,12 @@ def fit(work: Work, cell: Cell, train: Dataset, recipe: Recipe, report=None) -> 
         )
     finally:
         checkpoints.close()
+
+
+def splits_of(work: Work, cell: Cell) -> Splits:
+    """Returns the data of a cell: those of its seed, with the trusted images of `work`, if any."""
+    splits = sources.load(work.config, cell.seed)
+    return splits if work.trusted is None else splits._replace(validation=work.trusted)
 
 
 def checkpoints_of(work: Work, cell: Cell) -> Checkpoints:

@@ -229,7 +229,7 @@ def backdoors(result: dict[str, Any]) -> Table:
         if attack == "clean" or not undefended:
             continue
         chance = statistics.mean(100 * row["by_chance"] for row in undefended)
-        cells = [_backdoor_cell([row for row in own if row["defense"] == name]) for name in names]
+        cells = [backdoor_cell([row for row in own if row["defense"] == name]) for name in names]
         lines.append([BACKDOORS[attack].label, f"{100 * share:g}", f"{chance:.1f}", *cells])
     return Table(
         f"Backdoors to class {config['target_class']}: share of triggered test images of other "
@@ -241,7 +241,8 @@ def backdoors(result: dict[str, Any]) -> Table:
     )
 
 
-def _backdoor_cell(group):
+def backdoor_cell(group: Rows) -> str:
+    """Returns success / accuracy in percent and, of a filter, what it found and flagged."""
     if not group:
         return NOT_RUN
     success = statistics.mean(100 * row["successes"] / row["num_triggered"] for row in group)
@@ -264,13 +265,45 @@ def backdoor_place(row: dict[str, Any]) -> tuple:
     )  # fmt: skip
 
 
+def trusted(result: dict[str, Any]) -> Table:
+    """Returns accuracy over the number of trusted images, and over the share of wrong labels."""
+    rows = result["rows"]
+    names = [name for name in ROWS if any(row["defense"] == name for row in rows)]
+    names.remove("none")
+    clean, poisoned = (
+        accuracy([row for row in rows if not row["num_trusted"] and bool(row["poison_ratio"]) == p])
+        for p in (False, True)
+    )
+    lines = []
+    for size, wrong in dict.fromkeys((row["num_trusted"], row["wrong_share"]) for row in rows):
+        own = [row for row in rows if (row["num_trusted"], row["wrong_share"]) == (size, wrong)]
+        if size:
+            cells = [accuracy([row for row in own if row["defense"] == name]) for name in names]
+            lines.append([f"{size:,}", f"{100 * wrong:g}", *cells])
+    return Table(
+        "Test accuracy (%) where every training image is poisoned, by what is trusted. Without "
+        f"trusted images {poisoned}; clean data {clean}. {_setting(result)}",
+        ["trusted images", "wrong labels, %", *map(label, names)],
+        lines,
+    )
+
+
+def trusted_place(row: dict[str, Any]) -> tuple:
+    """Returns a key by which rows of trusted sets are in order: set, defense, seed."""
+    return (
+        *(row["wrong_share"], row["num_trusted"], row["poison_ratio"]),
+        *(list(ROWS).index(row["defense"]), row["seed"]),
+    )
+
+
 # The kinds of `transfer_filter.py` and `pretrain.py`, which write their own tables.
-TRANSFER, PRETRAINING, BACKDOOR = "transfer", "pretraining", "backdoor"
+TRANSFER, PRETRAINING, BACKDOOR, TRUSTED = "transfer", "pretraining", "backdoor", "trusted"
 TABLES = {
     "untargeted": (table_II, controls, table_IV),
     "targeted": (table_III,),
     "cost": (table_V,),
     BACKDOOR: (backdoors,),
+    TRUSTED: (trusted,),
 }
 """The tables to make of a results file, by its `kind`."""
 

@@ -22,6 +22,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from jaxpoison.audit import assemble, decisions, findings, plant, power, trained, witness
+from jaxpoison.audit.certificate import certificate
 from jaxpoison.audit.checks import CHECKS
 from jaxpoison.audit.evidence import Evidence
 from jaxpoison.audit.measure import BATCH, foreign, measure, side
@@ -29,6 +30,7 @@ from jaxpoison.audit.records import Report, Unreadable, WorthRow
 from jaxpoison.audit.records import Worth as WorthRecord
 from jaxpoison.audit.worth import worth as measure_worth
 from jaxpoison.core.files import check_writable, read_npz, replacing
+from jaxpoison.core.settings import check_range
 from jaxpoison.data import Dataset
 from jaxpoison.data.readers import Source, open_source
 
@@ -49,8 +51,15 @@ class Settings:
     """Passes of the network that is trained on the data; None for what suits their number."""
     worth: bool = True
     """Whether to retrain with and without what was flagged; never with `quick`."""
+    certify: int | None = None
+    """Parts of the data that linear classifiers are trained on, at least 3, for a certificate: how
+    many of their joint predictions no few images can change. None for none."""
     seed: int = 0
     """Of canaries and trainings."""
+
+    def __post_init__(self) -> None:
+        if self.certify is not None:
+            check_range(self, "certify", 3, whole=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,7 +177,7 @@ def _audit(
         decisions.check_same(decided, fingerprint)
     evidence, problems, rows = _measured(stage, source, fingerprint, embedding, "Reading images")
     white = witness.whitening(evidence.embedding)
-    embedding = embedding.then(white)
+    embedding, plain = embedding.then(white), evidence
     evidence = _whitened(stage, evidence, white, fingerprint)
     extra, extra_key = _trusted(stage, trusted, evidence, decided, white)
     evidence = dataclasses.replace(evidence, trusted=extra)
@@ -196,6 +205,12 @@ def _audit(
     if settings.worth and evidence.trained is not None:
         key = (*key, extra_key)
         report = assemble.with_worth(report, _worth(stage, report, judgement, evidence, key))
+    if settings.certify is not None:
+        # Whitening depends on all images, so a certificate knows nothing of it.
+        extra, _ = _trusted(stage, trusted, plain, decided, lambda embedding: embedding)
+        tell("Certifying", 0, 1)
+        report = assemble.with_certificate(report, certificate(plain, extra, settings.certify))
+        tell("Certifying", 1, 1)
     if in_memory:
         evidence = _in_memory(evidence)
     return Audit(report, evidence, judgement, rows, source)

@@ -10,6 +10,7 @@ from jaxpoison.audit import decisions, findings, power
 from jaxpoison.audit.evidence import Evidence
 from jaxpoison.audit.records import (
     Advice,
+    Certificate,
     CheckResult,
     Conclusion,
     Data,
@@ -392,3 +393,9 @@ _NAMES: Mapping[Kind, str] = {
 def with_worth(whole: Report, worth: Worth) -> Report:
     """Returns the report with what the actions are worth."""
     return dataclasses.replace(whole, worth=worth, summary=(*whole.summary, worth.reason))
+
+
+def with_certificate(whole: Report, certificate: Certificate) -> Report:
+    """Returns the report with what no few images can change."""
+    summary = (*whole.summary, certificate.reason)
+    return dataclasses.replace(whole, certificate=certificate, summary=summary)

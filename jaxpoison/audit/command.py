@@ -57,6 +57,13 @@ def audit_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-worth", action="store_true", help="do not retrain without what was flagged"
     )
+    parser.add_argument(
+        "--certify",
+        type=int,
+        metavar="PARTS",
+        help="say what share of predictions no few images can change: a vote of linear "
+        "classifiers, each trained on one of so many parts of the data; 50 is a start",
+    )
     parser.add_argument("--decisions", type=Path, help="decisions.json that the report page saved")
     parser.add_argument("--baseline", type=Path, help="findings.json of an earlier audit")
     parser.add_argument(
@@ -117,6 +124,7 @@ def _settings(options):
         quick=options.quick,
         epochs=options.epochs,
         worth=not options.no_worth,
+        certify=options.certify,
         seed=options.seed,
     )
 
@@ -178,7 +186,7 @@ def _command(options):
         value = getattr(options, name)
         if value is not None:
             parts += [f"--{name}", str(Path(value).expanduser().resolve())]
-    for name in ("network", "split", "image_column", "label_column", "epochs"):
+    for name in ("network", "split", "image_column", "label_column", "epochs", "certify"):
         value = getattr(options, name)
         if value is not None:
             parts += [f"--{name.replace('_', '-')}", str(value)]

@@ -21,6 +21,8 @@ from PIL import Image
 from jaxpoison.audit import report as page
 from jaxpoison.audit import strict
 from jaxpoison.audit.records import KINDS as KINDS
+from jaxpoison.audit.records import Certificate as Certificate
+from jaxpoison.audit.records import CertificateRow as CertificateRow
 from jaxpoison.audit.records import CheckResult as CheckResult
 from jaxpoison.audit.records import Conclusion as Conclusion
 from jaxpoison.audit.records import Data as Data

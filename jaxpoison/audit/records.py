@@ -221,6 +221,53 @@ class Worth:
         strict.check_text("Worth", _MOST_SENTENCE, action=self.action, reason=self.reason)
 
 
+@dataclasses.dataclass(frozen=True)
+class CertificateRow:
+    """What is left of the predictions of a vote, whatever `num_changes` images are.
+
+    Attributes:
+      num_changes: k, images that somebody may insert, remove or label otherwise.
+      unchanged: share of the predictions that they cannot change.
+      right: share of the predictions that are right and stay so.
+    """
+
+    num_changes: int
+    unchanged: float
+    right: float
+
+    def __post_init__(self) -> None:
+        settings.settle(self)
+        settings.check_range(self, "num_changes", 1, whole=True)
+        settings.check_range(self, "unchanged", 0, 1)
+        settings.check_range(self, "right", 0, self.unchanged)
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """What no few images can change: a vote of classifiers, each trained on a part of the data.
+
+    Attributes:
+      num_parts: how many classifiers.
+      num_images: images that were measured on.
+      accuracy: of the vote, in [0, 1].
+      rows: what is left of its predictions, for several numbers of changed images.
+      reason: a sentence.
+    """
+
+    num_parts: int
+    num_images: int
+    accuracy: float
+    rows: tuple[CertificateRow, ...]
+    reason: str
+
+    def __post_init__(self) -> None:
+        settings.settle(self)
+        settings.check_range(self, "num_parts", 1, whole=True)
+        settings.check_range(self, "num_images", 1, whole=True)
+        settings.check_range(self, "accuracy", 0, 1)
+        strict.check_text("Certificate", _MOST_SENTENCE, reason=self.reason)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
     """One image that was flagged.
@@ -324,6 +371,7 @@ class Report:
       wholes: conclusions on the whole set.
       power: what the audit finds of each threat, planted into a copy.
       worth: what the actions are worth, or None if nothing was trained for it.
+      certificate: what no few images can change, or None if it was not asked for.
       ask: ids of findings whose confirmation is worth most, the most useful first.
       pictures: {id: picture} of images in `Finding.related`, as far as they are to be shown.
       config: the settings, as JSON has them.
@@ -339,6 +387,7 @@ class Report:
     wholes: tuple[Conclusion, ...] = ()
     power: tuple[Power, ...] = ()
     worth: Worth | None = None
+    certificate: Certificate | None = None
     ask: tuple[str, ...] = ()
     pictures: dict[str, Picture] = dataclasses.field(default_factory=dict)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -170,7 +170,7 @@ def count_votes(answers: jax.Array, num_classes: int) -> jax.Array:
     return jnp.sum(answers[..., None] == jnp.arange(num_classes), axis=1, dtype=jnp.int32)
 
 
-def certified_radius(votes: jax.Array) -> tuple[jax.Array, jax.Array]:
+def certified_radius(votes: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Returns (prediction, radius), int32 [T] both, of votes int32 [T, K], K >= 2.
 
     The radius is the largest number of voters that may change their vote, each to any class,

@@ -5,6 +5,7 @@ the BatchNorm layers of a network and flags those nearer to another class than t
 `CharacteristicVectorFilter` does all of it; the functions compose under `jit`, `vmap` and `grad`.
 """
 
+from jaxpoison.filters.attribution import trusted_attribution as trusted_attribution
 from jaxpoison.filters.centroids import Centroids as Centroids
 from jaxpoison.filters.centroids import fit_centroids as fit_centroids
 from jaxpoison.filters.centroids import shrink as shrink
@@ -24,6 +25,7 @@ from jaxpoison.filters.extraction import apply_and_extract as apply_and_extract
 from jaxpoison.filters.extraction import extract_charvec as extract_charvec
 from jaxpoison.filters.feature_centroids import feature_centroid as feature_centroid
 from jaxpoison.filters.feature_centroids import l2_centroid as l2_centroid
+from jaxpoison.filters.layers import layer_clustering as layer_clustering
 from jaxpoison.filters.limits import detectable_shift as detectable_shift
 from jaxpoison.filters.limits import p_max as p_max
 from jaxpoison.filters.nearest import filter_vectors as filter_vectors

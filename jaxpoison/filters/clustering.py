@@ -46,7 +46,7 @@ def activation_clustering(
         )
     num_components = int(num_components)
     around = features - class_means(features, labels, len(classes))[labels]
-    reduced, score = by_class(_clusters, around, labels=labels, num_components=num_components)
+    reduced, score = by_class(two_means, around, labels=labels, num_components=num_components)
     smaller, counts = score > 0, np.bincount(labels)
     suspect = np.bincount(labels, smaller) / counts < max_relative_size
     if min_silhouette > -1:
@@ -61,7 +61,7 @@ def activation_clustering(
     return verdict(y, smaller & suspect[labels], score, labels, classes, settings)
 
 
-def _clusters(mine, around, *, num_components):
+def two_means(mine, around, *, num_components):
     """Returns principal components [m, c] and how much nearer the smaller cluster's center is."""
     reduced = principal_components(jnp.where(mine[:, None], around, 0), num_components)
 
