@@ -311,8 +311,8 @@ def _unmeasured() -> list[str]:
         "what HINT selects; through JPEG; against `recommended`, but for wrong labels in its "
         "trusted set; against a filter on several extractors at once; poisons among the trusted "
         "images.",
-        "- Sleeper Agent, label-consistent backdoors and Narcissus under any defense; SIG and WaNet "
-        "where they work; backdoors in transfer learning, and in photographs.",
+        "- Sleeper Agent, label-consistent backdoors and Narcissus under any defense; SIG and "
+        "WaNet where they work; backdoors in transfer learning, and in photographs.",
         "- Filters of the second table against training from scratch, and most defenses of the "
         "first in transfer learning.",
         "- `filters.feature_centroid` against an attacker who knows it.",
