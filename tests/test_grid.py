@@ -347,8 +347,13 @@ def test_threats_count_the_attacks_that_a_filter_leaves():
     name = "deep k-NN"
     each = [r["filters"][name] for r in rows if r["share"] == 0.8]
     left = f"{sum(e['successes'] for e in each)} of {sum(e['trials'] for e in each)}"
-    (line,) = lines_of("Transfer learning", name)
+    line, strong = lines_of("Transfer learning", name)
     assert line[-2] == left == "65 of 120"
+    for place, share in enumerate((0.1, 0.24, 0.5)):
+        rows = [r for r in committed("transfer-cifar10-strong")["rows"] if r["share"] == share]
+        each = [r["filters"][name] for r in rows]
+        left = f"{sum(e['successes'] for e in each)} of {sum(e['trials'] for e in each)}"
+        assert strong[1 + place] == left == "0 of 18"
     kinds = [cell.split(" of ") for cell in line[1:4]]
     assert sum(int(total) for _, total in kinds) == 420
 

@@ -134,8 +134,23 @@ def results(name):
     return json.loads(path.read_text())["rows"]
 
 
-def test_the_table_of_what_to_expect_has_four_runs():
-    assert len(table()) == 4
+def test_the_table_of_what_to_expect_has_five_runs():
+    assert len(table()) == 5
+
+
+def test_what_the_published_filter_leaves_was_measured():
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert "[1 of 36 attacks](docs/results.md#transfer-cifar10-strong)" in text
+    assert "and 13 of 18 where" in text
+    rows = [row for row in results("transfer-cifar10-strong") if row["share"]]
+
+    def left(name, *shares):
+        found = [row["filters"][name] for row in rows if row["share"] in shares]
+        return tuple(sum(each[key] for each in found) for key in ("successes", "trials"))
+
+    assert left("characteristic vectors", 0.1, 0.24) == (1, 36)
+    assert left("characteristic vectors", 0.5) == (13, 18)
+    assert left("characteristic vectors, trusted", 0.1, 0.24, 0.5) == (0, 54)
 
 
 @pytest.mark.parametrize("name", table())
