@@ -157,13 +157,8 @@ def measure(case, trusted, threat, share, folder, options) -> dict[str, Any]:
 def judged(done: audit.Audit, changed: np.ndarray) -> dict[str, Any]:
     """Returns what an audit found, and how well each of its scores ranks what was changed."""
     families = {family.threat.name: family for family in done.judgement.families}
-    ranked = {}
-    for kind in ("label", "poison"):
-        own = [family for family in families.values() if family.threat.kind == kind]
-        if own:
-            pairs = np.stack(power.least(own, len(changed)), axis=1)
-            _, place = np.unique(pairs, axis=0, return_inverse=True)  # in order of q, then p
-            ranked[f"audit, {kind}"] = -place.ravel()
+    kinds = dict.fromkeys(family.threat.kind for family in families.values())
+    ranked = {f"audit, {kind}": ranking(done, kind) for kind in kinds}
     checks = {
         check.name: found.score
         for check in done.judgement.checks
@@ -195,6 +190,15 @@ def judged(done: audit.Audit, changed: np.ndarray) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def ranking(done: audit.Audit, kind: str) -> np.ndarray:
+    """Returns int [N], highest first: the order of the report's findings of a kind, of all rows."""
+    own = [family for family in done.judgement.families if family.threat.kind == kind]
+    surest = power.surest(own, len(done.evidence.labels))
+    pairs = np.stack([surest.q, surest.p], axis=1)
+    _, place = np.unique(pairs, axis=0, return_inverse=True)
+    return -place.ravel()
+
+
 def rivals(done: audit.Audit, changed: np.ndarray, python: str) -> dict[str, Any]:
     """Returns how well others rank the same rows, and the lead over Datalab's label check."""
     evidence = done.evidence
@@ -213,9 +217,8 @@ def rivals(done: audit.Audit, changed: np.ndarray, python: str) -> dict[str, Any
         seconds = time.perf_counter() - begin
         scores = dict(np.load(target, allow_pickle=False))
     found = {name: quality(score, changed) for name, score in scores.items()}
-    ours = np.min([f.p for f in done.judgement.families if f.threat.kind == "label"], axis=0)
     if changed.any() and not changed.all() and "Datalab, label" in scores:
-        low, high = lead(-np.log(ours), scores["Datalab, label"], changed)
+        low, high = lead(ranking(done, "label"), scores["Datalab, label"], changed)
         found["Datalab, label"] |= {"lead_low": low, "lead_high": high}
     return {"seconds": seconds, "ranked": found}
 

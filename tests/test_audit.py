@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from jaxpoison import cli
-from jaxpoison.audit import _audit, assemble, findings, foreign, measure, plant
+from jaxpoison.audit import _audit, assemble, findings, foreign, measure, plant, power
 from jaxpoison.audit import command as cli_command
 from jaxpoison.data import load_embedded
 from jaxpoison.data.readers import Source, open_source
@@ -476,6 +476,32 @@ def test_an_image_has_one_finding_and_labels_by_rule_come_first(source, tmp_path
     assert all(result.report.findings[place].severity == "high" for place in range(6))
     all_kinds = assemble.kinds(result.judgement, len(labels))
     assert sorted(rows) == list(np.flatnonzero(all_kinds != ""))
+
+
+def test_findings_come_by_severity_and_then_by_the_confidence_that_they_show(images):
+    """Threats of one kind, and of two, that disagree on which image is the most extreme."""
+    result = _audit.audit(images.images, images.labels, settings=QUICK)
+    rng, num, families = np.random.default_rng(0), len(images.labels), []
+    for place, threat in enumerate(plant.THREATS):
+        p = rng.random(num) ** (2 + place)
+        q = np.minimum(p * (1 + 9 * rng.random()), 1)
+        families.append(power.Family(threat, {}, {}, p, q, q <= power.RATE, 40, 20, 0.0, 0.1))
+    judgement = result.judgement._replace(families=tuple(families))
+    report = assemble.report(
+        judgement, result.evidence, (), source="arrays", fingerprint="0",
+        picture=lambda row: images.images[row],
+    )  # fmt: skip
+    kinds = assemble.kinds(judgement, num)
+    assert {"label", "poison"} <= set(kinds)
+    for kind in ("label", "poison"):
+        found = [f for f in report.findings if f.kind == kind and f.q_value is not None]
+        shown = [finding.confidence for finding in found]
+        assert len(shown) > 10 and shown == sorted(shown, reverse=True)
+        for finding in found:
+            own = [f for f in families if f.threat.kind == kind]
+            least = min((f.q[finding.row], f.p[finding.row]) for f in own)
+            assert (finding.q_value, finding.p_value) == least
+            assert least[0] == min(f.q[finding.row] for f in families)
 
 
 def test_a_table_and_a_folder_are_read_alike(folder):

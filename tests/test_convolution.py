@@ -142,7 +142,7 @@ def test_gradient_in_chunks_equals_xla_for_any_number_of_images(
     library, monkeypatch, num_images, chunk, stride
 ):
     copied = 4 * 4 * 2 * 12 if stride == 1 else 2 * 2 * 9 * 4  # of an image, numbers
-    monkeypatch.setattr(convolution, "_COPIED_BY_SMALL", chunk * copied * 4)
+    monkeypatch.setattr(convolution, "_COPIED_AT_ONCE", chunk * copied * 4)
     x, k = operands((num_images, 4, 4, 4), (3, 3, 4), jnp.float32)
 
     def gradient(convolve):

@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,43 @@ def test_running_statistics_after_one_step_are_a_tenth_of_the_batchs():
     np.testing.assert_allclose(stats["mean"], 0.1 * stem.mean(0), rtol=1e-4, atol=1e-6)
     # Flax keeps the biased variance; PyTorch the unbiased one, n / (n - 1) times as large.
     np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * stem.var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("running", [False, True])
+def test_batch_norm_is_flax_s_and_so_are_its_derivatives(running, dtype):
+    """Value, new statistics, and gradients of first and second order, far from mean 0."""
+    with jax.enable_x64(dtype == jnp.float64):
+        x = (3 + 2 * pixels(8, 5, 5, 4)).astype(dtype)
+        settings = dict(use_running_average=running, dtype=dtype, param_dtype=jnp.float32)
+        if dtype == jnp.float64:
+            settings["param_dtype"] = dtype
+        params = {"scale": jnp.arange(1.0, 5), "bias": jnp.arange(4.0) - 1}
+        statistics = {"mean": 3 + jnp.arange(4.0) / 9, "var": 1 + jnp.arange(4.0)}
+        statistics = jax.tree.map(lambda z: z.astype(jnp.float32), statistics)
+
+        def of(layer):
+            def loss(params, x):
+                y, new = layer.apply(
+                    {"params": params, "batch_stats": statistics}, x, mutable=["batch_stats"]
+                )
+                return jnp.sum(jnp.sin(y.astype(params["scale"].dtype))), (y, new)
+
+            def product(params, x):
+                gradient, aux = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+                return gradient, aux
+
+            point = params, x
+            (gradient, aux), (second, _) = jax.jvp(product, point, point)
+            return gradient, second, aux
+
+        ours = of(layers.BatchNorm(**settings))
+        flax_s = of(nn.BatchNorm(momentum=0.9, epsilon=1e-5, **settings))
+        chex.assert_trees_all_equal_dtypes(ours, flax_s)
+        tolerance = {jnp.float64: 1e-12, jnp.float32: 2e-5, jnp.bfloat16: 3e-2}[dtype]
+        for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(flax_s), strict=True):
+            got, want = (np.asarray(z, np.float64) for z in (got, want))
+            np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max(), rtol=0)
 
 
 def test_evaluation_uses_running_statistics_so_examples_do_not_interact():

@@ -55,14 +55,17 @@ def test_the_extreme_image_of_a_threat_that_is_not_there_comes_after_all_faults(
         copy,
     )
     assert not_there.p[odd] == min(np.min(there.p), np.min(not_there.p))  # by p alone it is first
-    q, p = power.least((there, not_there), NUM)
+    q, p, surest = power.surest((there, not_there), NUM)
     order = np.lexsort((p, q))
     places = np.argsort(order)
     found = [row for row in faulty if there.flagged[row]]
     assert len(found) > 25 and places[odd] > max(places[found])
     np.testing.assert_array_equal(q, np.minimum(there.q, not_there.q))
-    none = power.least((), 3)
-    np.testing.assert_array_equal(none, np.ones((2, 3)))
+    assert set(surest[found]) == {0}
+    none = power.surest((), 3)
+    np.testing.assert_array_equal(none, [[1, 1, 1], [1, 1, 1], [-1, -1, -1]])
+    of_labels = power.surest((there, not_there), NUM, np.full(NUM, "label"))
+    assert np.all(of_labels.family == -1)
 
 
 def test_faults_are_flagged_and_others_are_not():

@@ -70,19 +70,17 @@ def flagged_by_rule(judgement: Judgement, kind: Kind) -> np.ndarray | None:
 def kinds(judgement: Judgement, num_rows: int) -> np.ndarray:
     """Returns for each image the kind of its finding, '' for none.
 
-    A rule that speaks of labels (one image under two labels) decides first; then the threat with
-    the smallest p-value; then the other rules.
+    A rule that speaks of labels (one image under two labels) decides first; then the threat that
+    is surest, see `power.Surest`; then the other rules.
     """
     out = np.full(num_rows, "", "U8")
     for kind in ("file", "copy"):
         flags = flagged_by_rule(judgement, kind)
         if flags is not None:
             out[flags] = kind
-    least = np.full(num_rows, np.inf)
-    for family in judgement.families:
-        better = family.flagged & (family.p < least)
-        out[better] = family.threat.kind
-        least[better] = family.p[better]
+    surest = power.surest(judgement.families, num_rows)
+    flagged = np.flatnonzero(surest.q <= power.RATE)
+    out[flagged] = [judgement.families[place].threat.kind for place in surest.family[flagged]]
     flags = flagged_by_rule(judgement, "label")
     if flags is not None:
         out[flags] = "label"
@@ -132,11 +130,14 @@ def report(
       replay: the command that repeats the audit.
     """
     all_kinds = kinds(judgement, len(evidence.labels))
-    rows = _in_order(judgement, all_kinds)
-    found = [
-        _finding(judgement, evidence, int(row), all_kinds[row], picture if place < DRAWN else None)
-        for place, row in enumerate(rows)
-    ]
+    surest = power.surest(judgement.families, len(all_kinds), all_kinds)
+    # A finding by rule alone is certain.
+    q = np.where(surest.q <= power.RATE, surest.q, 0.0)
+    found = []
+    for place, row in enumerate(_in_order(judgement, all_kinds, q, surest.p)):
+        family = judgement.families[surest.family[row]] if surest.q[row] <= power.RATE else None
+        drawn = picture if place < DRAWN else None
+        found.append(_finding(judgement, evidence, int(row), all_kinds[row], family, drawn))
     related = {id_ for finding in found[:DRAWN] for id_ in finding.related}
     place = {str(id_): row for row, id_ in enumerate(evidence.ids) if id_ in related}
     wholes = _conclusions(judgement)
@@ -178,10 +179,9 @@ def report(
     )
 
 
-def _in_order(judgement, all_kinds):
+def _in_order(judgement, all_kinds, q, p):
     """Returns rows with a finding: one image under two labels, then by severity, q and p."""
     rows = np.flatnonzero(all_kinds != "")
-    q, p = power.least(judgement.families, len(all_kinds))
     by_rule = flagged_by_rule(judgement, "label")
     rank = np.array([_KINDS.index(kind) for kind in all_kinds[rows]], int)
     if by_rule is not None:
@@ -189,15 +189,14 @@ def _in_order(judgement, all_kinds):
     return rows[np.lexsort((p[rows], q[rows], rank))]
 
 
-def _finding(judgement, evidence, row, kind, picture):
+def _finding(judgement, evidence, row, kind, family, picture):
+    """Returns the finding on a row; `family` is surest of it, None if a rule alone speaks."""
     speaking = _speaking(judgement, row, kind)
-    families = [f for f in judgement.families if f.flagged[row] and f.threat.kind == kind]
-    best = min(families, key=lambda f: f.p[row], default=None)
     found = [judgement.found[name] for name in speaking]
     suggested = _suggested(found, evidence, row)
     reasons = tuple(scores.reason(row) for scores in found)
-    if best is not None and kind == "poison":
-        reasons = (f"Like images with this planted: {best.threat.title}.", *reasons)
+    if family is not None and kind == "poison":
+        reasons = (f"Like images with this planted: {family.threat.title}.", *reasons)
     related = next((scores.related(row) for scores in found if scores.related is not None), ())
     by_rule = any(scores.flagged is not None and scores.flagged[row] for scores in found)
     return Finding(
@@ -206,9 +205,9 @@ def _finding(judgement, evidence, row, kind, picture):
         class_name=evidence.class_names[evidence.labels[row]],
         kind=kind,
         severity="high" if kind == "label" and by_rule else _SEVERITY[kind],
-        confidence=1.0 if best is None else float(1 - best.q[row]),
-        p_value=None if best is None else float(best.p[row]),
-        q_value=None if best is None else float(best.q[row]),
+        confidence=1.0 if family is None else float(1 - family.q[row]),
+        p_value=None if family is None else float(family.p[row]),
+        q_value=None if family is None else float(family.q[row]),
         checks=tuple(speaking),
         reasons=reasons,
         suggested=suggested,

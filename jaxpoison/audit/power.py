@@ -108,17 +108,38 @@ def families(
     )
 
 
-def least(families: Sequence[Family], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (q, p), float64 [N] each, of the family that is surest of each image; 1 without any.
+class Surest(NamedTuple):
+    """Which family is surest of each image: that of the smallest q, then of the smallest p.
 
-    The surest has the smallest q, then the smallest p. p alone would not do: in every family some
-    image is the most extreme one, whether the data have its threat or not.
+    p alone would not do: in every family some image is the most extreme one, whether the data have
+    its threat or not.
+
+    Attributes:
+      q, p: float64 [N], of that family; 1 where none says anything.
+      family: int [N], its place; -1 where none says anything.
     """
-    q, p = np.ones(num_rows), np.ones(num_rows)
-    for family in families:
-        surer = (family.q < q) | ((family.q == q) & (family.p < p))
-        q, p = np.where(surer, family.q, q), np.where(surer, family.p, p)
-    return q, p
+
+    q: np.ndarray
+    p: np.ndarray
+    family: np.ndarray
+
+
+def surest(families: Sequence[Family], num_rows: int, kinds: np.ndarray | None = None) -> Surest:
+    """Returns the family that is surest of each image.
+
+    Args:
+      families: to choose from.
+      num_rows: N.
+      kinds: text [N], of each image the kind of the threats that count; None if all do.
+    """
+    out = Surest(np.ones(num_rows), np.ones(num_rows), np.full(num_rows, -1))
+    for place, family in enumerate(families):
+        surer = (family.q < out.q) | ((family.q == out.q) & (family.p < out.p))
+        if kinds is not None:
+            surer &= kinds == family.threat.kind
+        for values, own in zip(out, (family.q, family.p, place), strict=True):
+            values[surer] = own[surer] if isinstance(own, np.ndarray) else own
+    return out
 
 
 def shortcuts(

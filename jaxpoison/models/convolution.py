@@ -21,8 +21,8 @@ to 30 times inside a loop. What serves instead:
   the product of the two, [h F, w C], is the gradient: w C + h F copies rather than h w C, and a
   product of more balanced shape.
 
-A product with a small result is bound by memory: it is made of chunks of examples whose copies stay
-in the caches. A large one is made at once.
+A product is made of chunks of examples whose copies stay in the caches. Where the result alone is
+large it is made at once.
 
 Milliseconds for 128 images in float32 on two cores of a Xeon, medians of 3 interleaved rounds
 (`benchmarks/convolution.py`); the limit is that of a product of large matrices. Of each map: XLA's
@@ -65,10 +65,10 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxpoison.core import loops, spmd
 
-# A product whose result has no more entries than this is bound by memory. It is made of chunks of
-# examples whose copies stay in the caches, others of as many as memory can hold; in bytes.
-_SMALL_PRODUCT, _LARGE_PRODUCT = 40_000, 1_000_000
-_COPIED_BY_SMALL, _COPIED_BY_OTHERS = 12_600_000, 128_000_000
+# A product whose result has no more entries than this is made of chunks of examples whose copies
+# stay in the caches, others of as many as memory can hold; in bytes.
+_LARGE_PRODUCT = 1_000_000
+_COPIED_AT_ONCE, _COPIED_BY_LARGE = 12_600_000, 128_000_000
 _LIBRARY_TESTED = ("0.10.2", "0.12.0.1")
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -149,8 +149,8 @@ def _kernel_gradient(x, g, window):
         form, positions = _kernel_gradient_of_rows, window.image[0] * window.output[1]
         rows, columns = height * features, width * channels
         copied = positions * (rows + columns)
-    small = rows * columns <= _SMALL_PRODUCT
-    most = _COPIED_BY_SMALL if small else _COPIED_BY_OTHERS
+    large = rows * columns >= _LARGE_PRODUCT
+    most = _COPIED_BY_LARGE if large else _COPIED_AT_ONCE
     chunk = max(1, most // (copied * x.dtype.itemsize))
     if chunk >= x.shape[0]:
         return form(x, g, window)
@@ -235,9 +235,14 @@ def _kernel_gradient_of_rows(x, g, window):
 
 
 def _sum_over_chunks(fn, size, *arrays):
-    """Returns the sum of `fn` over chunks of about `size` examples of `arrays`."""
+    """Returns the sum of `fn` over chunks of at most `size` examples of `arrays`.
+
+    Equal ones if there need not be twice as many for it, and otherwise a smaller one at the end.
+    """
     num_examples = arrays[0].shape[0]
-    num_chunks = math.ceil(num_examples / size)
+    least = math.ceil(num_examples / size)
+    equal = (n for n in range(least, min(2 * least, num_examples) + 1) if num_examples % n == 0)
+    num_chunks = next(equal, least)
     size = num_examples // num_chunks
     whole = size * num_chunks
     fold = [x[:whole].reshape(num_chunks, size, *x.shape[1:]) for x in arrays]

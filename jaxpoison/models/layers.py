@@ -29,7 +29,42 @@ Conv = functools.partial(
     kernel_init=kernel_init,
     conv_general_dilated=convolution.conv_general_dilated,
 )
-BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+
+
+class BatchNorm(nn.BatchNorm):
+    """Flax's BatchNorm over the last axis, written as x a + b.
+
+    With a = scale / sqrt(var + epsilon) and b = bias - mean a, a training step on CPU passes over
+    the images half as often as with (x - mean) a + bias: sums of x times a gradient are taken
+    without that product in memory. Of Flax's fields, those of the axes and of several devices are
+    not used: under `jit`, means over a sharded batch are over all of it.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
+        running = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        shape, axes = x.shape[-1:], range(x.ndim - 1)
+        means = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        variances = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+        bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        dtype = jnp.result_type(x, scale, bias) if self.dtype is None else self.dtype
+        if running:
+            mean, var = means.value, variances.value
+        else:
+            values = x.astype(jnp.promote_types(dtype, jnp.float32))
+            mean = values.mean(axes)
+            var = jnp.maximum(jnp.square(values).mean(axes) - jnp.square(mean), 0)
+            if not self.is_initializing():
+                for kept, new in ((means, mean), (variances, var)):
+                    kept.value = self.momentum * kept.value + (1 - self.momentum) * new
+        factor = scale * jax.lax.rsqrt(var + self.epsilon)
+        return (x * factor + (bias - mean * factor)).astype(dtype)
 
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
