@@ -289,7 +289,7 @@ def summary(cell: dict[str, Any]) -> str:
 
 
 LIKE = {
-    "aggregate": ("flip",), "random1": ("flip",), "flips": ("flip",), "patch": ("patch",),
+    "aggregate": ("mistake",), "random1": ("mistake",), "flips": ("flip",), "patch": ("patch",),
     "blend": ("blend",), "sig": ("wave",), "collision": ("collision",),
     "bullseye": ("collision",), "matching": ("collision",),
 }  # fmt: skip

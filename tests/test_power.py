@@ -124,6 +124,31 @@ def test_where_pixels_and_networks_agree_faults_need_not_look_like_canaries(read
         assert not found.flagged.any()
 
 
+def test_kinds_of_wrong_labels_are_read_together():
+    """Mistakes alone are in the data; with thresholds of flips, none would be found."""
+    both = [check(name, ("flip", "mistake")) for name in ("far", "near")]
+    rows = np.arange(100, 200)
+    copy = Planted(None, rows, np.array(["flip"] * 50 + ["mistake"] * 50))
+    faulty = range(3_000, 3_300)
+
+    def scores(seed, flips, mistakes):
+        return {
+            "far": scored(normal(seed, [*flips, *mistakes], 3.0)),
+            "near": scored(normal(seed + 1, flips, 5.0)),
+        }
+
+    found, in_copy = scores(0, [], faulty), scores(2, rows[:50], [*faulty, *rows[50:]])
+    flip, mistake = power.families(both, found, in_copy, copy)
+    assert (flip.threat.name, mistake.threat.name) == ("flip", "mistake")
+    np.testing.assert_array_equal(flip.q, mistake.q)
+    assert flip.share < 0.002 and mistake.share == pytest.approx(300 / NUM, rel=0.4)
+    assert flip.found > mistake.found > 10 and (flip.planted, mistake.planted) == (50, 50)
+    assert flip.others_flagged == mistake.others_flagged
+    honest = np.delete(mistake.flagged, list(faulty))
+    assert mistake.flagged[list(faulty)].mean() > 0.3
+    assert honest.sum() <= 0.3 * mistake.flagged.sum()
+
+
 def test_clean_data_stay_clean():
     copy = planted()
     result = family(

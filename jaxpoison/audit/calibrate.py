@@ -1,18 +1,22 @@
 """From scores to p-values: the null of honest images, with the planted ones as the alternative.
 
-The data are a mixture, f = (1 - share) f0 + share f1: f0 of honest images, f1 of images with the
-fault, of which the canaries are a sample. This is the case-control study with contaminated controls
-(Lancaster and Imbens, 1996); with log(f1 / f0) = offset + weights z in the scores z of several
-checks, its likelihood gives share, offset and weights at once: which checks tell, how the rest is
-to be read, and how many images have the fault already. z are normal scores, by rank, so f0 is
-normal whatever a check's scores are. 1 - share f1 / f is the probability that an image is honest;
-the tail of all images, counted with it, is the null, and a p-value. The procedure of Benjamini and
-Hochberg (1995) on it keeps the expected part of false findings below q.
+The data are a mixture, f = share_0 f0 + sum_k share_k fk: f0 of honest images, fk of images with
+fault k, of which the canaries of that fault are a sample. This is the case-control study with
+contaminated controls (Lancaster and Imbens, 1996); with log(fk / f0) = offset_k + weights_k z in
+the scores z of several checks, its likelihood gives shares, offsets and weights at once: which
+checks tell, how the rest is to be read, and how many images have each fault already. z are normal
+scores, by rank, so f0 is normal whatever a check's scores are. share_0 f0 / f is the probability
+that an image is honest; the tail of all images, counted with it, is the null, and a p-value. The
+procedure of Benjamini and Hochberg (1995) on it keeps the expected part of false findings below q.
 
-What honest images have in common with the fault to the last (an ambiguous image looks mislabeled)
-counts as the fault.
+What honest images have in common with a fault to the last (an ambiguous image looks mislabeled)
+counts as the fault. So faults that look different have shares of their own: with one share for
+both, obvious mistakes would be evidence of ambiguous ones, and the lack of the former evidence
+against the latter.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,50 +26,51 @@ from scipy.special import expit, logit, ndtri
 LEAST = 8
 """Canaries that a model rests on, at the least."""
 LEAST_GAIN = 2.0
-"""What a share above 0 must gain in log-likelihood; with less, there may be no such image."""
+"""What each share above 0 must gain in log-likelihood; with less, there may be no such image."""
 _LEAST_SHARE = 1e-6
 _DECAY = 0.02
-_STARTS = (0.0005, 0.02, 0.2)  # the likelihood can have several maxima in the share
-_BEFORE = (-5.0, 4.0)  # mean and standard deviation of logit(share), before any score is seen
+_STARTS = (0.0005, 0.02, 0.2)  # the likelihood can have several maxima in the shares
+_BEFORE = (-5.0, 4.0)  # mean and standard deviation of log(share_k / share_0), before any score
 
 
 class Model(NamedTuple):
-    """How the scores of J checks are read together.
+    """How the scores of J checks are read together, for K faults.
 
     Attributes:
       references: float64 [J, N], scores of all images, ascending, NaN last.
-      weights: float64 [J], not negative, of the normal scores.
-      offset: of log(f1 / f0).
-      share: estimated part of the images that has the fault, in (0, 1).
-      gain: by how much the logarithm of the likelihood is larger than with no share at all.
-      thresholds: float64 [M], ascending values of the weighted sum.
-      tail: float64 [M], share of honest images with at least this value, in (0, 1]; descending.
+      weights: float64 [K, J], not negative, of the normal scores.
+      offsets: float64 [K], of log(fk / f0).
+      shares: float64 [K], estimated parts of the images that have each fault, in (0, 1).
+      there: bool [K], whether the data are less likely without the fault, by LEAST_GAIN; the share
+        of one that is not there is next to 0.
+      thresholds: float64 [M], ascending odds of a fault, in logarithms.
+      tail: float64 [M], share of honest images with at least these odds, in (0, 1]; descending.
     """
 
     references: np.ndarray
     weights: np.ndarray
-    offset: float
-    share: float
-    gain: float
+    offsets: np.ndarray
+    shares: np.ndarray
+    there: np.ndarray
     thresholds: np.ndarray
     tail: np.ndarray
 
 
 def fit(
     images: np.ndarray,
-    canaries: np.ndarray,
+    canaries: Sequence[np.ndarray],
     among: np.ndarray | None = None,
     known: np.ndarray | None = None,
 ) -> Model:
-    """Returns how to read scores, of which an unknown share is like those of the canaries.
+    """Returns how to read scores, of which unknown shares are like those of the canaries.
 
     Args:
       images: float [J, N], higher is worse; NaN speaks neither for nor against a fault.
-      canaries: float [J, C], C >= LEAST, scores of images that surely have the fault.
+      canaries: K of float [J, C_k], C_k >= LEAST, scores of images that surely have fault k.
       among: float [J, M], scores of the images that the canaries were planted among, where the
         checks ran on a copy: scores of two runs may differ in scale, so the rank of a canary is
         that in its own run. None if that is `images`.
-      known: float [N], what a person has said of images: 1 for honest, 0 for the fault, NaN for
+      known: float [N], what a person has said of images: 1 for honest, 0 for a fault, NaN for
         nothing. Given its scores, such an image says whether there is a fault or not, whatever it
         was chosen by; and it counts as what it is in the tail of honest images.
 
@@ -75,80 +80,97 @@ def fit(
     Raises:
       ValueError: for fewer canaries, or if no score is a number.
     """
-    images, canaries = (np.asarray(x, np.float64) for x in (images, canaries))
-    if canaries.shape[1] < LEAST:
-        raise ValueError(f"{canaries.shape[1]} canaries; expected at least {LEAST}")
+    images, *canaries = (np.asarray(x, np.float64) for x in (images, *canaries))
+    for scores in canaries:
+        if scores.shape[1] < LEAST:
+            raise ValueError(f"{scores.shape[1]} canaries; expected at least {LEAST}")
     if np.isnan(images).all():
         raise ValueError("no image has a score: nothing to calibrate")
     references = np.sort(images, axis=1)
     surroundings = references if among is None else np.sort(among, axis=1)
-    ours, theirs = normal_scores(references, images), normal_scores(surroundings, canaries)
+    samples = [normal_scores(references, images)]
+    samples += [normal_scores(surroundings, scores) for scores in canaries]
     known = np.full(images.shape[1], np.nan) if known is None else np.asarray(known, np.float64)
-    weights, offset, share, gain = _maximum_likelihood(ours, theirs, known)
-    values = weights @ ours
-    honest = 1 - expit(logit(share) + offset + values)
-    honest = np.where(np.isnan(known), honest, known)
-    thresholds, place = np.unique(values, return_inverse=True)
+    weights, offsets, log_odds, there = _maximum_likelihood(samples, known)
+    odds = _odds(weights, offsets + log_odds, samples[0])
+    honest = np.where(np.isnan(known), expit(-odds), known)
+    thresholds, place = np.unique(odds, return_inverse=True)
     counts = np.bincount(place, honest, len(thresholds))
     tail = np.cumsum(counts[::-1])[::-1] / counts.sum()
     tail = np.clip(tail, 1 / (images.shape[1] + 1), 1)
-    return Model(references, weights, offset, share, gain, thresholds, tail)
+    shares = np.exp(log_odds - np.logaddexp.reduce([0.0, *log_odds]))
+    return Model(references, weights, offsets, shares, there, thresholds, tail)
 
 
-def _maximum_likelihood(ours, theirs, known):
-    """Returns (weights [J], offset, share, gain) of normal scores [J, N] and [J, C], known [N]."""
-    decided = ~np.isnan(known)
-    judged, signs = ours[:, decided], np.where(known[decided] == 1, 1, -1)
-    log_ratio_of_counts = np.log(theirs.shape[1] / ours.shape[1])
+def _odds(weights, offsets, z):
+    """Returns log(sum_k share_k fk / (share_0 f0)) [B] of normal scores [J, B]."""
+    return np.logaddexp.reduce(weights @ z + offsets[:, None], axis=0)
+
+
+def _maximum_likelihood(samples, known):
+    """Returns (weights [K, J], offsets [K], log(share_k / share_0) [K], there [K]).
+
+    Args:
+      samples: normal scores [J, N] of the data and [J, C_k] of each fault's canaries.
+      known: [N], see `fit`.
+    """
+    num_faults, num_checks = len(samples) - 1, len(samples[0])
+    sizes = np.array([x.shape[1] for x in samples])
+    z, sample = np.concatenate(samples, axis=1), np.repeat(np.arange(num_faults + 1), sizes)
+    own = sample == np.arange(num_faults + 1)[:, None]
+    decided = np.flatnonzero(~np.isnan(known))
+    signs = np.where(known[decided] == 1, 1, -1)
+
+    def parts(parameters):
+        weights, rest = np.split(parameters, [num_faults * num_checks])
+        return weights.reshape(num_faults, num_checks), *np.split(rest, 2)
 
     def loss(parameters):
-        weights, offset, logit_share = parameters[:-2], parameters[-2], parameters[-1]
-        share = expit(logit_share)
-        value = _penalty(logit_share) + 0.5 * _DECAY * weights @ weights
-        slope = np.concatenate(
-            [_DECAY * weights, [0.0, (logit_share - _BEFORE[0]) / _BEFORE[1] ** 2]]
-        )
-        for z, sign in ((ours, 1), (theirs, -1)):
-            odds = offset + weights @ z
-            honest = expit(-(logit_share + odds))  # (1 - share) f0 / f
-            # f1 / f = 1 / (share + (1 - share) exp(-odds)); in logs, without overflow.
-            log_ratio = -np.logaddexp(np.log(share), np.log1p(-share) - odds)
-            value += np.logaddexp(0, sign * (log_ratio_of_counts + log_ratio)).sum()
-            outer = sign * expit(sign * (log_ratio_of_counts + log_ratio))
-            of_share = -(1 - honest) * (1 - share) + honest * share
-            slope[:-2] += z @ (outer * honest)
-            slope[-2] += outer @ honest
-            slope[-1] += outer @ of_share
-        posterior = logit_share + offset + weights @ judged
-        value += np.logaddexp(0, signs * posterior).sum()
-        outer = signs * expit(signs * posterior)
-        slope += np.concatenate([judged @ outer, [outer.sum()] * 2])
-        return value, slope
+        weights, offsets, log_odds = parts(parameters)
+        ratios = weights @ z + offsets[:, None]  # log(fk / f0)
+        terms = np.concatenate([np.zeros((1, z.shape[1])), ratios + log_odds[:, None]])
+        whole = np.logaddexp.reduce(terms, axis=0)
+        total = np.logaddexp.reduce([0.0, *log_odds])
+        posterior, shares = np.exp(terms - whole), np.exp(log_odds - total)
+        # Which sample an image is from, given its scores and how large the samples are.
+        logits = np.concatenate([(whole - total)[None], ratios]) + np.log(sizes)[:, None]
+        logits -= np.logaddexp.reduce(logits, axis=0)
+        outer = np.exp(logits) - own
+        of_ratios = outer[1:] + outer[0] * posterior[1:]
+        of_odds = (outer[0] * (posterior[1:] - shares[:, None])).sum(axis=1)
+        value = -logits[own].sum() + 0.5 * _DECAY * np.sum(weights**2) + _penalty(log_odds)
+        if len(decided):
+            odds = np.logaddexp.reduce(terms[1:, decided], axis=0)
+            value += np.logaddexp(0, signs * odds).sum()
+            of_terms = signs * expit(signs * odds) * np.exp(terms[1:, decided] - odds)
+            of_ratios[:, decided] += of_terms
+            of_odds += of_terms.sum(axis=1)
+        of_odds += (log_odds - _BEFORE[0]) / _BEFORE[1] ** 2
+        of_weights = of_ratios @ z.T + _DECAY * weights
+        return value, np.concatenate([of_weights.ravel(), of_ratios.sum(axis=1), of_odds])
 
-    count = len(ours)
     least, most = logit(_LEAST_SHARE), logit(0.9)
 
-    def best(starts, highest):
-        bounds = [(0, None)] * count + [(-60, 60), (least, highest)]
+    def best(there):
+        """Returns (loss without penalty and with LEAST_GAIN for each fault, parameters)."""
+        bounds = [(0, None)] * (num_faults * num_checks) + [(-60, 60)] * num_faults
+        bounds += [(least, most if it else least) for it in there]
+        first = [1 / num_checks] * (num_faults * num_checks) + [-2.0] * num_faults
+        starts = [logit(_STARTS) if it else [least] for it in there]
         found = [
-            minimize(
-                loss,
-                np.concatenate([np.full(count, 1 / count), [-2.0, start]]),
-                jac=True,
-                bounds=bounds,
-                method="L-BFGS-B",
-            )
-            for start in starts
+            minimize(loss, [*first, *start], jac=True, bounds=bounds, method="L-BFGS-B")
+            for start in itertools.product(*starts)
         ]
         result = min(found, key=lambda result: result.fun)
-        return result.x, result.fun - _penalty(result.x[-1])
+        return result.fun - _penalty(parts(result.x)[2]) + LEAST_GAIN * sum(there), result.x
 
-    (_, without), (x, value) = best([least], least), best(logit(np.array(_STARTS)), most)
-    return x[:-2], float(x[-2]), float(expit(x[-1])), float(without - value)
+    choices = itertools.product([False, True], repeat=num_faults)
+    (_, x), there = min(((best(there), there) for there in choices), key=lambda pair: pair[0][0])
+    return *parts(x), np.array(there)
 
 
-def _penalty(logit_share):
-    return 0.5 * ((logit_share - _BEFORE[0]) / _BEFORE[1]) ** 2
+def _penalty(log_odds):
+    return 0.5 * np.sum(((log_odds - _BEFORE[0]) / _BEFORE[1]) ** 2)
 
 
 def normal_scores(references: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -171,9 +193,11 @@ def normal_scores(references: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 def p_values(model: Model, scores: np.ndarray) -> np.ndarray:
     """Returns float64 [B] in (0, 1] for scores [J, B]: the tail of honest images."""
-    values = model.weights @ normal_scores(model.references, np.asarray(scores, np.float64))
-    # The largest threshold that is not above the value: between two, the larger tail.
-    at = np.searchsorted(model.thresholds, values + 1e-9, side="right") - 1
+    z = normal_scores(model.references, np.asarray(scores, np.float64))
+    log_odds = np.log(model.shares) - np.log1p(-model.shares.sum())
+    odds = _odds(model.weights, model.offsets + log_odds, z)
+    # The largest threshold that is not above the odds: between two, the larger tail.
+    at = np.searchsorted(model.thresholds, odds + 1e-9, side="right") - 1
     return np.where(at < 0, 1.0, model.tail[np.maximum(at, 0)])
 
 
@@ -209,8 +233,8 @@ def agreement(
 
 
 def q_values(model: Model, p: np.ndarray) -> np.ndarray:
-    """Returns `benjamini_hochberg(p)`; 1 where the data may well be without the fault."""
-    return benjamini_hochberg(p) if model.gain >= LEAST_GAIN else np.ones(np.shape(p))
+    """Returns `benjamini_hochberg(p)`; 1 where the data may well be without any fault."""
+    return benjamini_hochberg(p) if model.there.any() else np.ones(np.shape(p))
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:

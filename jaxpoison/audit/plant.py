@@ -26,16 +26,6 @@ MOST = 300
 COLLISION_EPSILON = 16 / 255
 """Bound of each pixel's change by a feature collision."""
 COLLISION_STEPS = 20
-ANYHOW = 0.4
-"""Part of the wrong labels that is any other class, on any image.
-
-The others are mistakes as people make them: a class that the image may be taken for, on images that
-may be taken for it. Labels at random alone are easier to see than what people get wrong, so that
-few of those would be found; mistakes alone are too much like honest images that are ambiguous, of
-which many would be flagged.
-"""
-LABELS = 2
-"""Wrong labels for each canary of another threat: they are of two kinds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +39,8 @@ class Threat:
 
 
 THREATS = (
-    Threat("flip", "wrong label: any, or of a similar class", "label"),
+    Threat("flip", "wrong label: any other class", "label"),
+    Threat("mistake", "wrong label: a class it may be taken for", "label"),
     Threat("copy", "copy of an image under another label", "label"),
     Threat("patch", "backdoor: a patch in a corner, relabeled", "poison"),
     Threat("blend", "backdoor: a faint blended pattern, relabeled", "poison"),
@@ -118,7 +109,7 @@ def canaries(
       The changes; none (C = 0) for too few images for one canary of each threat, or one class.
     """
     random = np.random.default_rng([seed, 15])
-    mistakes = None if refusal(evidence) else _mistakes(evidence)
+    mistakes = _mistakes(evidence)
     count = min(int(np.ceil(SHARE * len(evidence.labels))), MOST)
     count = min(max(count, 40), len(evidence.labels) // (4 * len(THREATS)))
     if evidence.num_classes < 2 or count < 1 or len(np.unique(evidence.labels)) < 2:
@@ -196,7 +187,7 @@ class _Case(NamedTuple):
     target: int
     read: Callable[[np.ndarray], np.ndarray]
     embedding: Embedding
-    mistakes: np.ndarray | None
+    mistakes: np.ndarray
 
 
 _CLEAN_LABEL = ("wave", "collision")
@@ -205,36 +196,30 @@ _CLEAN_LABEL = ("wave", "collision")
 def _places(random, labels, count, mistakes):
     """Returns (rows, names of threats): clean labels in the target class, backdoors elsewhere.
 
-    Of wrong labels come those at random first, and then mistakes, where they are likely.
+    Mistakes are where they are likely.
     """
     target = _target(labels)
     free = random.permutation(len(labels))
     taken, rows, threats = np.zeros(len(labels), bool), [], []
     for threat in sorted(THREATS, key=lambda t: t.name not in _CLEAN_LABEL):
-        fits = np.ones(len(free), bool)
-        most = total = LABELS * count if threat.name == "flip" else count
+        fits, most = ~taken[free], count
         if threat.name in _CLEAN_LABEL:
-            fits = labels[free] == target
+            fits &= labels[free] == target
             if threat.name == "wave":  # on most of a class it would be what the class is like
-                most = total = min(count, int(fits.sum()) // 4)
+                most = min(count, int(np.count_nonzero(labels == target)) // 4)
         elif threat.name in ("patch", "blend"):
-            fits = labels[free] != target
-        elif threat.name == "flip" and mistakes is not None:
-            most = round(total * ANYHOW)
-        chosen = free[fits & ~taken[free]][:most]
-        if most < total:
-            more = _likely(random, mistakes, taken, chosen, total - most)
-            chosen = np.concatenate([chosen, more])
+            fits &= labels[free] != target
+        chosen = free[fits][:most]
+        if threat.name == "mistake":
+            chosen = _likely(random, mistakes, ~taken, count)
         taken[chosen] = True
         rows.append(chosen)
         threats += [threat.name] * len(chosen)
     return np.concatenate(rows), np.array(threats)
 
 
-def _likely(random, mistakes, taken, chosen, count):
-    """Returns up to `count` other rows, each as likely as a mistake is there."""
-    free = ~taken
-    free[chosen] = False
+def _likely(random, mistakes, free, count):
+    """Returns up to `count` free rows, each as likely as a mistake is there."""
     rows = np.flatnonzero(free & (mistakes.sum(axis=1) > 0))
     # The shortest of exponential waits, at rates as given: a sample without replacement.
     waits = random.exponential(size=len(rows)) / mistakes[rows].sum(axis=1)
@@ -247,22 +232,25 @@ def _target(labels):
 
 
 def _flip(case, images):
-    """Any other label for the first part of the rows; for the rest what each may be taken for."""
-    labels = _others(case.random, case.labels[case.rows], case.labels)
-    if case.mistakes is not None:
-        odds = case.mistakes[case.rows].cumsum(axis=1)
-        drawn = (odds > case.random.random((len(odds), 1)) * odds[:, -1:]).argmax(axis=1)
-        likely = odds[:, -1] > 0
-        likely[: round(len(labels) * ANYHOW)] = False
-        labels = np.where(likely, drawn, labels)
-    return images, labels
+    """Any other label."""
+    return images, _others(case.random, case.labels[case.rows], case.labels)
+
+
+def _mistake(case, images):
+    """A label that the image may be taken for."""
+    odds = case.mistakes[case.rows].cumsum(axis=1)
+    chances = case.random.random((len(odds), 1)) * odds[:, -1:]
+    return images, (odds > chances).argmax(axis=1)
 
 
 def _mistakes(evidence):
     """Returns how likely each wrong label is, float [N, K], by the foreign witness's doubts.
 
-    0 throughout where the witness disagrees with the label: there it may be wrong already.
+    0 throughout where the witness disagrees with the label: there it may be wrong already; and
+    everywhere if there is no such witness.
     """
+    if refusal(evidence):
+        return np.zeros((len(evidence.labels), evidence.num_classes))
     likely = np.array(predictions(evidence).probabilities, float)
     agrees = likely.argmax(axis=1) == evidence.labels
     likely[np.arange(len(likely)), evidence.labels] = 0
@@ -365,6 +353,7 @@ def _descent(apply):
 
 _FAULTS = {
     "flip": _flip,
+    "mistake": _mistake,
     "patch": _patch,
     "blend": _blend,
     "wave": _wave,

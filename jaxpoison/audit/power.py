@@ -39,14 +39,15 @@ class Family(NamedTuple):
       threat: what was planted.
       recalls: {check: recall of canaries at 1% false alarms}, of every check that ran.
       each: {check: float64 [N], its own p-values}, of the checks that have a say.
-      p: float64 [N], p-values; 1 where nothing has a say. For poisons, of the model of canaries
-        and of how far pixels and networks agree, see `calibrate.agreement`.
+      p: float64 [N], p-values; 1 where nothing has a say. For labels, of any of the threats that
+        the same checks look for. For poisons, of the model of canaries and of how far pixels and
+        networks agree, see `calibrate.agreement`.
       q: float64 [N], of Benjamini and Hochberg, each way by itself.
       flagged: bool [N], q at most RATE.
       planted: number of canaries.
       found: number of canaries found, each with thresholds from the other half of them.
       others_flagged: of a thousand images of the copy that were not changed, how many were flagged.
-      share: upper bound on the part of the data that is like the canaries.
+      share: estimated part of the data that is like the canaries.
     """
 
     threat: Threat
@@ -101,10 +102,18 @@ def families(
     """
     known = {} if known is None else known
     names = np.unique(planted.threats)
+    groups: dict[tuple[str, ...], list[Threat]] = {}
+    for threat in THREATS:
+        if threat.name in names:
+            of_threat = _of_threat(threat, checks, found, in_copy)
+            alone = threat.kind != "label" or not of_threat
+            groups.setdefault((threat.name,) if alone else of_threat, []).append(threat)
     return tuple(
-        _family(threat, checks, found, in_copy, planted, labels, known.get(threat.kind))
-        for threat in THREATS
-        if threat.name in names
+        family
+        for group in groups.values()
+        for family in _families(
+            group, checks, found, in_copy, planted, labels, known.get(group[0].kind)
+        )
     )
 
 
@@ -164,49 +173,61 @@ def shortcuts(
     return tuple(results)
 
 
-def _family(threat, checks, found, in_copy, planted, labels, known):
-    of_threat = [
+def _of_threat(threat, checks, found, in_copy):
+    """Returns names of the checks that look for a threat and gave scores."""
+    return tuple(
         check.name
         for check in checks
         if threat.name in check.threats
         and all(_has_scores(each[check.name]) for each in (found, in_copy))
-    ]
+    )
+
+
+def _families(threats, checks, found, in_copy, planted, labels, known):
+    """Returns the families of threats that the same checks look for, and that are read together."""
+    of_threat = _of_threat(threats[0], checks, found, in_copy)
     data = _matrix(of_threat, found)
     copy = _matrix(of_threat, in_copy)
-    if threat.kind == "poison" and labels is not None:
+    poison = threats[0].kind == "poison" and labels is not None
+    if poison:
         data, copy = _in_class(data, labels), _in_class(copy, planted.evidence.labels)
-    canaries = planted.rows[planted.threats == threat.name]
+    canaries = [planted.rows[planted.threats == threat.name] for threat in threats]
     others = np.setdiff1d(np.arange(copy.shape[1]), planted.rows)
-    recalls = {
-        name: calibrate.recall(scores[others], scores[canaries])
-        for name, scores in zip(of_threat, copy, strict=True)
-    }
-    each, share = {}, 0.0
+    among = copy[:, others]
     p = q = np.ones(data.shape[1])
-    say = _with_a_say(copy[:, canaries], copy[:, others])
-    poison = threat.kind == "poison" and labels is not None
+    shares = np.zeros(len(threats))
+    say = _with_a_say([copy[:, rows] for rows in canaries], among)
     sources = _sources(checks, of_threat) if poison else []
-    if len(canaries) >= calibrate.LEAST and say:
-        planted_among = copy[:, canaries], copy[:, others]
-        planted_there, among = (x[say] for x in planted_among)
-        model = calibrate.fit(data[say], planted_there, among, known)
-        p, share = calibrate.p_values(model, data[say]), model.share
+    enough = [k for k, rows in enumerate(canaries) if len(rows) >= calibrate.LEAST]
+    if enough and say:
+        samples = [copy[say][:, canaries[k]] for k in enough]
+        model = calibrate.fit(data[say], samples, among[say], known)
+        shares[enough] = model.shares
+        p = calibrate.p_values(model, data[say])
         if known is not None:
             p = np.where(known == 0, 1 / (len(p) + 1), p)
         q = calibrate.q_values(model, p)
         if sources:
             agreed = _agreed(model, data[say], sources, say, labels)
             p, q = _either(p, agreed), _either(q, calibrate.benjamini_hochberg(agreed))
-        each = {of_threat[j]: _own(data[j], *(x[j] for x in planted_among)) for j in say}
     there = planted.evidence.labels if sources else None
-    num_found, others_flagged = _power(copy, canaries, others, sources, there)
-    by_rule = _by_rule(threat, checks, in_copy)
-    if by_rule is not None:
-        num_found = int(np.count_nonzero(by_rule[canaries]))
-        others_flagged = 1000 * float(np.mean(by_rule[others]))
-    return Family(
-        threat, recalls, each, p, q, q <= RATE, len(canaries), num_found, others_flagged, share
-    )
+    all_found, others_flagged = _power(copy, canaries, others, sources, there)
+    families = []
+    for k, (threat, rows) in enumerate(zip(threats, canaries, strict=True)):
+        own = {of_threat[j]: _own(data[j], copy[j, rows], among[j]) for j in say if k in enough}
+        recalls = {
+            name: calibrate.recall(scores, planted_there)
+            for name, scores, planted_there in zip(of_threat, among, copy[:, rows], strict=True)
+        }
+        num_found, flagged = all_found[k], others_flagged
+        by_rule = _by_rule(threat, checks, in_copy)
+        if by_rule is not None:
+            num_found = int(np.count_nonzero(by_rule[rows]))
+            flagged = 1000 * float(np.mean(by_rule[others]))
+        families.append(
+            Family(threat, recalls, own, p, q, q <= RATE, len(rows), num_found, flagged, shares[k])
+        )
+    return families
 
 
 def _sources(checks, names):
@@ -221,9 +242,10 @@ def _agreed(model, scores, sources, say, labels):
 
     Of every source the sum of its scores, weighted as in the model.
     """
-    weighted = model.weights[:, None] * calibrate.normal_scores(model.references, scores)
+    (weights,) = model.weights
+    weighted = weights[:, None] * calibrate.normal_scores(model.references, scores)
     places = dict(zip(say, weighted, strict=True))
-    heavy = {j for j, weight in zip(say, model.weights, strict=True) if weight > 0}
+    heavy = {j for j, weight in zip(say, weights, strict=True) if weight > 0}
     speaking = [[j for j in of if j in heavy] for of in sources]
     values = [np.sum([places[j] for j in of], axis=0) for of in speaking if of]
     if len(values) < 2:
@@ -280,43 +302,54 @@ def _by_rule(threat, checks, found):
 
 
 def _with_a_say(canaries, others):
-    """Returns the places of checks that rank canaries [J, C] above others [J, M] often enough."""
-    pairs = zip(canaries, others, strict=True)
-    return [j for j, pair in enumerate(pairs) if calibrate.superiority(*pair) >= LEAST_POWER]
+    """Returns the places of checks that rank canaries of a threat above others [J, M] often enough.
+
+    Args:
+      canaries: of each threat, [J, C].
+      others: [J, M].
+    """
+    return [
+        j
+        for j, scores in enumerate(others)
+        if any(calibrate.superiority(of[j], scores) >= LEAST_POWER for of in canaries)
+    ]
 
 
 def _own(scores, canaries, among):
     """Returns the p-values of one check alone; 1 where it cannot judge."""
-    model = calibrate.fit(scores[None], canaries[None], among[None])
+    model = calibrate.fit(scores[None], [canaries[None]], among[None])
     p = calibrate.p_values(model, scores[None])
     return np.where(np.isnan(scores), 1.0, p)
 
 
 def _power(copy, canaries, others, sources, labels):
-    """Returns (canaries found, others flagged of a thousand).
+    """Returns (canaries found of each threat, others flagged of a thousand).
 
     Nothing is judged by a threshold that it helped to set: each half of the canaries by models of
     the other half, and each half of the other images by the model of their other half (a half-split
     null).
     """
-    found, flagged = 0, []
+    found, flagged = np.zeros(len(canaries), int), []
     for half in range(2):
-        fitted, judged = canaries[half::2], canaries[1 - half :: 2]
-        say = _with_a_say(copy[:, fitted], copy[:, others])
-        if len(fitted) < calibrate.LEAST or not say:
+        fitted = [rows[half::2] for rows in canaries if len(rows[half::2]) >= calibrate.LEAST]
+        judged = [rows[1 - half :: 2] for rows in canaries]
+        say = _with_a_say([copy[:, rows] for rows in fitted], copy[:, others])
+        if not say:
             flagged.append(0.0)
             continue
+        samples = [copy[say][:, rows] for rows in fitted]
         p = np.empty(copy.shape[1])
         for part in range(2):
-            model = calibrate.fit(copy[say][:, others[part::2]], copy[say][:, fitted])
-            rows = np.concatenate([judged[1 - part :: 2], others[1 - part :: 2]])
+            model = calibrate.fit(copy[say][:, others[part::2]], samples)
+            rows = np.concatenate([*(x[1 - part :: 2] for x in judged), others[1 - part :: 2]])
             p[rows] = calibrate.p_values(model, copy[say][:, rows])
-        rows = np.concatenate([judged, others])
+        rows = np.concatenate([*judged, others])
         q = calibrate.benjamini_hochberg(p[rows])
         if sources:
-            model = calibrate.fit(copy[say][:, others], copy[say][:, fitted])
+            model = calibrate.fit(copy[say][:, others], samples)
             agreed = _agreed(model, copy[say][:, rows], sources, say, labels[rows])
             q = _either(q, calibrate.benjamini_hochberg(agreed))
-        found += int(np.count_nonzero(q[: len(judged)] <= RATE))
-        flagged.append(1000 * float(np.mean(q[len(judged) :] <= RATE)))
-    return found, float(np.mean(flagged))
+        *of_threats, honest = np.split(q <= RATE, np.cumsum([len(x) for x in judged]))
+        found += [np.count_nonzero(each) for each in of_threats]
+        flagged.append(1000 * float(np.mean(honest)))
+    return [int(n) for n in found], float(np.mean(flagged))

@@ -42,5 +42,5 @@ CHECK = Check(
     kind="label",
     cannot_see="What the foreign witness cannot see, on whose predictions it is built.",
     score=_score,
-    threats=("flip",),
+    threats=("flip", "mistake"),
 )

@@ -47,5 +47,5 @@ CHECK = Check(
         "and errors made for a whole kind of image."
     ),
     score=_score,
-    threats=("flip",),
+    threats=("flip", "mistake"),
 )

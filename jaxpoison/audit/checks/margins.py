@@ -42,5 +42,5 @@ CHECK = Check(
         "poisons with a trigger."
     ),
     score=_score,
-    threats=("flip",),
+    threats=("flip", "mistake"),
 )

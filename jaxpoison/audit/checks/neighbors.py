@@ -63,5 +63,5 @@ CHECK = Check(
         "that look the same to a network trained on other photos."
     ),
     score=_score,
-    threats=("flip",),
+    threats=("flip", "mistake"),
 )
