@@ -195,14 +195,15 @@ def _families(threats, checks, found, in_copy, planted, labels, known):
     others = np.setdiff1d(np.arange(copy.shape[1]), planted.rows)
     among = copy[:, others]
     p = q = np.ones(data.shape[1])
-    shares = np.zeros(len(threats))
+    shares = [0.0] * len(threats)
     say = _with_a_say([copy[:, rows] for rows in canaries], among)
     sources = _sources(checks, of_threat) if poison else []
     enough = [k for k, rows in enumerate(canaries) if len(rows) >= calibrate.LEAST]
     if enough and say:
         samples = [copy[say][:, canaries[k]] for k in enough]
         model = calibrate.fit(data[say], samples, among[say], known)
-        shares[enough] = model.shares
+        for k, share in zip(enough, model.shares, strict=True):
+            shares[k] = float(share)
         p = calibrate.p_values(model, data[say])
         if known is not None:
             p = np.where(known == 0, 1 / (len(p) + 1), p)
