@@ -168,10 +168,12 @@ def test_running_statistics_after_one_step_are_a_tenth_of_the_batchs():
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("running", [False, True])
-def test_batch_norm_is_flax_s_and_so_are_its_derivatives(running, dtype):
+@pytest.mark.parametrize("masked", [False, True])
+def test_batch_norm_is_flax_s_and_so_are_its_derivatives(masked, running, dtype):
     """Value, new statistics, and gradients of first and second order, far from mean 0."""
     with jax.enable_x64(dtype == jnp.float64):
         x = (3 + 2 * pixels(8, 5, 5, 4)).astype(dtype)
+        mask = jnp.arange(8)[:, None, None, None] < 6 if masked else None
         settings = dict(use_running_average=running, dtype=dtype, param_dtype=jnp.float32)
         if dtype == jnp.float64:
             settings["param_dtype"] = dtype
@@ -181,9 +183,8 @@ def test_batch_norm_is_flax_s_and_so_are_its_derivatives(running, dtype):
 
         def of(layer):
             def loss(params, x):
-                y, new = layer.apply(
-                    {"params": params, "batch_stats": statistics}, x, mutable=["batch_stats"]
-                )
+                variables = {"params": params, "batch_stats": statistics}
+                y, new = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
                 return jnp.sum(jnp.sin(y.astype(params["scale"].dtype))), (y, new)
 
             def product(params, x):

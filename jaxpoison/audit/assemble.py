@@ -134,10 +134,11 @@ def report(
     # A finding by rule alone is certain.
     q = np.where(surest.q <= power.RATE, surest.q, 0.0)
     found = []
-    for place, row in enumerate(_in_order(judgement, all_kinds, q, surest.p)):
-        family = judgement.families[surest.family[row]] if surest.q[row] <= power.RATE else None
+    for place, row in enumerate(_in_order(judgement, all_kinds, q, surest.p).tolist()):
+        flagged = surest.q[row] <= power.RATE
+        family = judgement.families[int(surest.family[row])] if flagged else None
         drawn = picture if place < DRAWN else None
-        found.append(_finding(judgement, evidence, int(row), all_kinds[row], family, drawn))
+        found.append(_finding(judgement, evidence, row, all_kinds[row], family, drawn))
     related = {id_ for finding in found[:DRAWN] for id_ in finding.related}
     place = {str(id_): row for row, id_ in enumerate(evidence.ids) if id_ in related}
     wholes = _conclusions(judgement)

@@ -44,7 +44,13 @@ class BatchNorm(nn.BatchNorm):
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
         running = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
@@ -58,8 +64,9 @@ class BatchNorm(nn.BatchNorm):
             mean, var = means.value, variances.value
         else:
             values = x.astype(jnp.promote_types(dtype, jnp.float32))
-            mean = values.mean(axes)
-            var = jnp.maximum(jnp.square(values).mean(axes) - jnp.square(mean), 0)
+            mean = values.mean(axes, where=mask)
+            var = jnp.square(values).mean(axes, where=mask) - jnp.square(mean)
+            var = jnp.maximum(var, 0)
             if not self.is_initializing():
                 for kept, new in ((means, mean), (variances, var)):
                     kept.value = self.momentum * kept.value + (1 - self.momentum) * new
