@@ -141,14 +141,14 @@ def surest(families: Sequence[Family], num_rows: int, kinds: np.ndarray | None =
       num_rows: N.
       kinds: text [N], of each image the kind of the threats that count; None if all do.
     """
-    out = Surest(np.ones(num_rows), np.ones(num_rows), np.full(num_rows, -1))
+    q, p, chosen = np.ones(num_rows), np.ones(num_rows), np.full(num_rows, -1)
     for place, family in enumerate(families):
-        surer = (family.q < out.q) | ((family.q == out.q) & (family.p < out.p))
+        surer = (family.q < q) | ((family.q == q) & (family.p < p))
         if kinds is not None:
             surer &= kinds == family.threat.kind
-        for values, own in zip(out, (family.q, family.p, place), strict=True):
-            values[surer] = own[surer] if isinstance(own, np.ndarray) else own
-    return out
+        q, p = np.where(surer, family.q, q), np.where(surer, family.p, p)
+        chosen[surer] = place
+    return Surest(q, p, chosen)
 
 
 def shortcuts(
