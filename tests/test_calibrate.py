@@ -184,23 +184,37 @@ def test_superiority_is_the_area_under_the_curve():
     assert calibrate.superiority(np.array([np.nan]), others) == 0.5
 
 
-def test_sources_that_do_not_agree_are_no_evidence():
-    """Uniform p-values, also where the classes differ in what every source says of them."""
+def test_images_like_those_of_other_classes_are_no_evidence():
+    """Uniform p-values, also where the classes have other middles."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 5_000)
-    values = rng.normal(size=(2, 5_000)) + np.array([0.0, 3.0, 9.0])[labels]
-    p = calibrate.agreement(values, labels)
+    values = rng.normal(size=5_000) + np.array([0.0, 3.0, 9.0])[labels]
+    p = calibrate.beyond_other_classes(values, labels)
     assert stats.kstest(p, "uniform").pvalue > 1e-3
-    assert p.min() > 1 / 300_001 and p.max() <= 1
+    assert p.min() > 0 and p.max() <= 1
 
 
-def test_agreement_counts_what_is_at_least_as_large():
-    """Against all pairs of images of a class, which the draws are a sample of."""
+def test_the_null_of_an_image_is_the_other_classes():
+    """Counted one by one, with ties, missing values and an image that a person called a fault."""
     rng = np.random.default_rng(1)
-    values = rng.normal(size=(2, 40))
-    values[:, 7] = 5.0
-    p = calibrate.agreement(values, np.zeros(40, int), draws=400_000)
-    pairs = values[0][:, None] + values[1][None, :]
-    expected = [(pairs >= total).mean() for total in values.sum(axis=0)]
-    np.testing.assert_allclose(p, expected, atol=4e-3)
-    assert p[7] == pytest.approx(1 / 1_600, rel=0.3) and p.argmin() == 7
+    labels = np.repeat([0, 1, 2], [12, 15, 13])
+    values = rng.integers(0, 6, 40).astype(float)
+    values[[3, 20]] = np.nan
+    known = np.full(40, np.nan)
+    known[[14, 30]] = 0, 1
+    middles = [np.nanmedian(values[labels == label]) for label in range(3)]
+    p = calibrate.beyond_other_classes(values, labels, known)
+    for i in range(40):
+        others = [
+            values[j] - middles[labels[j]]
+            for j in range(40)
+            if labels[j] != labels[i] and not np.isnan(values[j]) and j != 14
+        ]
+        above = sum(other >= values[i] - middles[labels[i]] for other in others)
+        wanted = 1.0 if np.isnan(values[i]) else (1 + above) / (1 + len(others))
+        assert p[i] == pytest.approx(wanted), i
+
+
+def test_one_class_alone_has_no_null():
+    p = calibrate.beyond_other_classes(np.arange(9.0), np.zeros(9, int))
+    np.testing.assert_array_equal(p, 1)

@@ -191,45 +191,59 @@ def normal_scores(references: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return out
 
 
+def log_odds(model: Model, scores: np.ndarray) -> np.ndarray:
+    """Returns float64 [B] for scores [J, B]: how much likelier a fault is than an honest image."""
+    z = normal_scores(model.references, np.asarray(scores, np.float64))
+    of_shares = np.log(model.shares) - np.log1p(-model.shares.sum())
+    return _odds(model.weights, model.offsets + of_shares, z)
+
+
 def p_values(model: Model, scores: np.ndarray) -> np.ndarray:
     """Returns float64 [B] in (0, 1] for scores [J, B]: the tail of honest images."""
-    z = normal_scores(model.references, np.asarray(scores, np.float64))
-    log_odds = np.log(model.shares) - np.log1p(-model.shares.sum())
-    odds = _odds(model.weights, model.offsets + log_odds, z)
+    odds = log_odds(model, scores)
     # The largest threshold that is not above the odds: between two, the larger tail.
     at = np.searchsorted(model.thresholds, odds + 1e-9, side="right") - 1
     return np.where(at < 0, 1.0, model.tail[np.maximum(at, 0)])
 
 
-def agreement(
-    values: np.ndarray, labels: np.ndarray, *, seed: int = 0, draws: int = 300_000
+def beyond_other_classes(
+    values: np.ndarray, labels: np.ndarray, known: np.ndarray | None = None
 ) -> np.ndarray:
-    """Returns float64 [N] in (0, 1]: p-values of how far sources agree that an image is at fault.
+    """Returns float64 [N] in (0, 1]: p-values of how far an image stands out, other classes' null.
 
-    The null: within a class, what one source says of an image tells nothing of what another one
-    says of it. Its sums are those of the values of different images, drawn anew until there are
-    enough; no known faults are needed, nor that any of them look like those in the data. Faults in
-    the data are among what is drawn from, so the p-values are rather too large.
+    What is planted for one class is not on the images of the others, and these are as natural. So
+    they tell how far out honest images come: p is the share of other classes' images that are at
+    least as far above the middle of their class. No known faults are needed, nor that any of them
+    look like those in the data. Faults in several classes are in each other's null: there the
+    p-values are too large. A class whose honest images differ from the middle much more than those
+    of all other classes makes them too small.
 
     Args:
-      values: float [G, N], of G sources; higher is worse, and their sum decides.
+      values: float [N], higher is worse; NaN is not judged, and its p-value 1.
       labels: int [N].
-      seed: of the draws.
-      draws: sums of the null, at the least.
+      known: float [N], 0 for images that surely have a fault, which are in no null; None for none.
     """
-    sums = values.sum(axis=0)
-    random, null = np.random.default_rng(seed), []
-    by_class = np.argsort(labels, kind="stable")
-    for _ in range(-(-draws // len(labels))):
-        drawn = np.zeros(len(labels))
-        for row in values:
-            # Sorted by class and, within it, by chance.
-            order = np.lexsort((random.random(len(labels)), labels))
-            drawn[by_class] += row[order]
-        null.append(drawn)
-    null = np.sort(np.concatenate(null))
-    above = len(null) - np.searchsorted(null, sums - 1e-9)
-    return (1 + above) / (1 + len(null))
+    values = less_middle(values, labels)
+    is_honest = ~np.isnan(values)
+    if known is not None:
+        is_honest &= known != 0
+    everything, p = np.sort(values[is_honest]), np.ones(len(values))
+    for label in np.unique(labels):
+        mine = labels == label
+        own = np.sort(values[mine & is_honest])
+        above = [len(x) - np.searchsorted(x, values[mine] - 1e-9) for x in (everything, own)]
+        p[mine] = (1 + above[0] - above[1]) / (1 + len(everything) - len(own))
+    return np.where(np.isnan(values), 1.0, p)
+
+
+def less_middle(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns float64 [N], values [N] less the median of their class [N]; NaN stays NaN."""
+    values = np.array(values, np.float64)
+    for label in np.unique(labels):
+        mine = labels == label
+        known = values[mine & ~np.isnan(values)]
+        values[mine] -= np.median(known) if len(known) else 0.0
+    return values
 
 
 def q_values(model: Model, p: np.ndarray) -> np.ndarray:

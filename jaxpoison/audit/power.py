@@ -40,8 +40,8 @@ class Family(NamedTuple):
       recalls: {check: recall of canaries at 1% false alarms}, of every check that ran.
       each: {check: float64 [N], its own p-values}, of the checks that have a say.
       p: float64 [N], p-values; 1 where nothing has a say. For labels, of any of the threats that
-        the same checks look for. For poisons, of the model of canaries and of how far pixels and
-        networks agree, see `calibrate.agreement`.
+        the same checks look for. For poisons, of the model of canaries and of other classes' images
+        as the null, see `calibrate.beyond_other_classes`.
       q: float64 [N], of Benjamini and Hochberg, each way by itself.
       flagged: bool [N], q at most RATE.
       planted: number of canaries.
@@ -197,7 +197,6 @@ def _families(threats, checks, found, in_copy, planted, labels, known):
     p = q = np.ones(data.shape[1])
     shares = [0.0] * len(threats)
     say = _with_a_say([copy[:, rows] for rows in canaries], among)
-    sources = _sources(checks, of_threat) if poison else []
     enough = [k for k, rows in enumerate(canaries) if len(rows) >= calibrate.LEAST]
     if enough and say:
         samples = [copy[say][:, canaries[k]] for k in enough]
@@ -208,11 +207,11 @@ def _families(threats, checks, found, in_copy, planted, labels, known):
         if known is not None:
             p = np.where(known == 0, 1 / (len(p) + 1), p)
         q = calibrate.q_values(model, p)
-        if sources:
-            agreed = _agreed(model, data[say], sources, say, labels)
-            p, q = _either(p, agreed), _either(q, calibrate.benjamini_hochberg(agreed))
-    there = planted.evidence.labels if sources else None
-    all_found, others_flagged = _power(copy, canaries, others, sources, there)
+        if poison:
+            odds = calibrate.log_odds(model, data[say])
+            p, q = _either(p, q, calibrate.beyond_other_classes(odds, labels, known))
+    there = planted.evidence.labels if poison else None
+    all_found, others_flagged = _power(copy, canaries, others, there)
     families = []
     for k, (threat, rows) in enumerate(zip(threats, canaries, strict=True)):
         own = {of_threat[j]: _own(data[j], copy[j, rows], among[j]) for j in say if k in enough}
@@ -231,35 +230,19 @@ def _families(threats, checks, found, in_copy, planted, labels, known):
     return families
 
 
-def _sources(checks, names):
-    """Returns the places of scores by what they are made of: pixels, or what networks see."""
-    reads = {check.name: check.reads for check in checks}
-    kinds = sorted(set(reads.values()))
-    return [[j for j, name in enumerate(names) if reads[name] == kind] for kind in kinds]
+def _either(p, q, beyond):
+    """Returns (p, q) [N] of two ways to be found, each of which counts half.
 
+    The tail of honest images in the model of canaries finds what looks like them, in any number of
+    classes. The null of other classes finds what stands out in one, and need not look like them but
+    for the checks that see it.
 
-def _agreed(model, scores, sources, say, labels):
-    """Returns p-values of how far sources agree, see `calibrate.agreement`; 1 where one speaks.
-
-    Of every source the sum of its scores, weighted as in the model.
+    Args:
+      p, q: of the model.
+      beyond: p-values of `calibrate.beyond_other_classes`.
     """
-    (weights,) = model.weights
-    weighted = weights[:, None] * calibrate.normal_scores(model.references, scores)
-    places = dict(zip(say, weighted, strict=True))
-    heavy = {j for j, weight in zip(say, weights, strict=True) if weight > 0}
-    speaking = [[j for j in of if j in heavy] for of in sources]
-    values = [np.sum([places[j] for j in of], axis=0) for of in speaking if of]
-    if len(values) < 2:
-        return np.ones(scores.shape[1])
-    return calibrate.agreement(np.array(values), labels)
-
-
-def _either(first, second):
-    """Returns the smaller value of each image, twice: of two ways to be found each counts half.
-
-    The first alone where the second has nothing to say.
-    """
-    return first if np.all(second == 1) else np.minimum(2 * np.minimum(first, second), 1)
+    ways = (p, beyond), (q, calibrate.benjamini_hochberg(beyond))
+    return tuple(np.minimum(2 * np.minimum(*way), 1) for way in ways)
 
 
 def _has_scores(found):
@@ -281,13 +264,7 @@ def _matrix(names, found):
 
 def _in_class(scores, labels):
     """Returns scores [J, N], unbounded, less the median of the class; NaN stays NaN."""
-    values = common.unbounded(scores)
-    for label in np.unique(labels):
-        mine = labels == label
-        for row in values:
-            known = row[mine & ~np.isnan(row)]
-            row[mine] -= np.median(known) if len(known) else 0.0
-    return values
+    return np.array([calibrate.less_middle(row, labels) for row in common.unbounded(scores)])
 
 
 def _by_rule(threat, checks, found):
@@ -323,7 +300,7 @@ def _own(scores, canaries, among):
     return np.where(np.isnan(scores), 1.0, p)
 
 
-def _power(copy, canaries, others, sources, labels):
+def _power(copy, canaries, others, labels):
     """Returns (canaries found of each threat, others flagged of a thousand).
 
     Nothing is judged by a threshold that it helped to set: each half of the canaries by models of
@@ -346,10 +323,10 @@ def _power(copy, canaries, others, sources, labels):
             p[rows] = calibrate.p_values(model, copy[say][:, rows])
         rows = np.concatenate([*judged, others])
         q = calibrate.benjamini_hochberg(p[rows])
-        if sources:
+        if labels is not None:
             model = calibrate.fit(copy[say][:, others], samples)
-            agreed = _agreed(model, copy[say][:, rows], sources, say, labels[rows])
-            q = _either(q, calibrate.benjamini_hochberg(agreed))
+            odds = calibrate.log_odds(model, copy[say][:, rows])
+            _, q = _either(p[rows], q, calibrate.beyond_other_classes(odds, labels[rows]))
         *of_threats, honest = np.split(q <= RATE, np.cumsum([len(x) for x in judged]))
         found += [np.count_nonzero(each) for each in of_threats]
         flagged.append(1000 * float(np.mean(honest)))

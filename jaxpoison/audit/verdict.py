@@ -75,9 +75,6 @@ class Check:
     """The check itself."""
     threats: tuple[str, ...] = ()
     """Canaries that it should find (`plant.THREATS`); a threshold is calibrated by them."""
-    reads: Literal["pixels", "networks"] = "networks"
-    """What its scores are made of: pixels themselves, or what networks see in them. Where the two
-    agree on an image more often than by chance, that is evidence of its own, see `power`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

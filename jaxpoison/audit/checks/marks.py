@@ -32,5 +32,4 @@ CHECK = Check(
     ),
     score=_score,
     threats=("patch", "blend", "wave"),
-    reads="pixels",
 )

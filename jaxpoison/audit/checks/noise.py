@@ -85,5 +85,4 @@ CHECK = Check(
     ),
     score=_score,
     threats=("collision",),
-    reads="pixels",
 )

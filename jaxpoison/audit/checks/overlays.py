@@ -20,5 +20,4 @@ CHECK = Check(
     ),
     score=_score,
     threats=("patch", "blend", "wave"),
-    reads="pixels",
 )
