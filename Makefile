@@ -12,11 +12,6 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(notdir $(PYTHON))-$(EXTRAS)
 LINTERS := $(VENV)/.installed-$(notdir $(PYTHON))-lint
 
-# glibc returns large blocks to the kernel when they are freed, and every training step on CPU then
-# faults the same pages in again. Kept, a step takes about 15 % less time. No effect elsewhere.
-demo demo-cifar bench: export MALLOC_MMAP_MAX_ = 0
-demo demo-cifar bench: export MALLOC_TRIM_THRESHOLD_ = 100000000000
-
 .PHONY: demo demo-cifar test test-fast lint docs bench clean
 
 demo: $(INSTALLED)

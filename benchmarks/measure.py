@@ -10,7 +10,6 @@ fraction of the matrix product's.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -23,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpoison import runs
+from jaxpoison.core import memory
 
 OURS = "jaxpoison"
 LIMIT = "matrix product"
-# glibc's settings under which freed memory is kept: see the Makefile.
-ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+KEEPS_FREED = memory.keep_freed()
+"""Whether freed memory stays with the process, as in all programs of ours."""
 
 
 class Contender(NamedTuple):
@@ -154,9 +154,7 @@ def finish(script: str, options: argparse.Namespace, result: dict[str, Any]) -> 
     """Prints the table of `race`'s rows, and writes the results file if one is asked for."""
     paths = {"out", "peers_python"}  # of this machine
     settings = {name: value for name, value in vars(options).items() if name not in paths}
-    environment = runs.environment() | {
-        "allocator": {name: os.environ.get(name) for name in ALLOCATOR}
-    }
+    environment = runs.environment() | {"keeps_freed_memory": KEEPS_FREED}
     result = {"script": script, "settings": settings, **result, "environment": environment}
     show(result)
     if options.out:

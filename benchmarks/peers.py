@@ -11,6 +11,7 @@ flattened as `problem.flat` does, so that they can be compared with ours.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,10 @@ import numpy as np
 from problem import DAMPING, Problem
 
 LIBRARIES = ("torch.func", "pyDVL", "dattri", "captum")
+# What `core.memory.keep_freed` does, for a process that has not got our package.
+KEEPS_FREED = {
+    "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1",
+}  # fmt: skip
 
 
 class Peers:
@@ -103,6 +108,7 @@ class Worker:
         path = Path(__file__).with_name(script)
         self._process = subprocess.Popen(
             [options.peers_python, str(path), *arguments],
+            env=os.environ | KEEPS_FREED,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

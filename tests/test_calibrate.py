@@ -195,15 +195,14 @@ def test_images_like_those_of_other_classes_are_no_evidence():
 
 
 def test_the_null_of_an_image_is_the_other_classes():
-    """Counted one by one, with ties, missing values and an image that a person called a fault."""
+    """Counted one by one, with ties, missing values and a known fault."""
     rng = np.random.default_rng(1)
     labels = np.repeat([0, 1, 2], [12, 15, 13])
     values = rng.integers(0, 6, 40).astype(float)
     values[[3, 20]] = np.nan
-    known = np.full(40, np.nan)
-    known[[14, 30]] = 0, 1
+    faults = np.arange(40) == 14
     middles = [np.nanmedian(values[labels == label]) for label in range(3)]
-    p = calibrate.beyond_other_classes(values, labels, known)
+    p = calibrate.beyond_other_classes(values, labels, faults)
     for i in range(40):
         others = [
             values[j] - middles[labels[j]]

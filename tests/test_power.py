@@ -96,29 +96,32 @@ def test_scores_of_the_copy_may_have_another_scale():
     assert results[1].flagged[list(faulty)].mean() > 0.85
 
 
-@pytest.mark.parametrize("in_one_class", [True, False])
-def test_what_stands_out_in_one_class_need_not_look_like_canaries(in_one_class):
-    """Canaries are above all else, so nothing in the data looks like them."""
+@pytest.mark.parametrize(
+    ("in_one_class", "alike", "wanted"), [(True, False, 0.8), (False, False, 0), (False, True, 0.5)]
+)
+def test_poisons_stand_out_in_a_class_or_look_like_canaries(in_one_class, alike, wanted):
+    """Canaries that are above all else look like nothing in the data."""
     pair = [check(name, ("patch",), "poison") for name in ("mark", "sight")]
     labels = np.random.default_rng(5).integers(0, 5, NUM)
-    faulty = slice(3_000, 3_060)
+    faulty = slice(3_000, 3_100)
     if in_one_class:
         labels[faulty] = 2
     copy = planted(count=40, threat="patch")
     copy = copy._replace(evidence=types.SimpleNamespace(labels=labels))
 
     def both(seed, high, shift):
-        rows = [*range(3_000, 3_060), *high]
-        shifts = np.array([4.0] * 60 + [shift] * len(high))
+        rows = [*range(3_000, 3_100), *high]
+        shifts = np.array([3.5] * 100 + [shift] * len(high))
         return {
             name: scored(normal(seed + place, rows, shifts))
             for place, name in enumerate(("mark", "sight"))
         }
 
-    (found,) = power.families(pair, both(0, [], 0), both(2, copy.rows, 12.0), copy, labels=labels)
-    assert np.delete(found.flagged, np.r_[faulty]).mean() < 0.004
-    if in_one_class:
-        assert found.flagged[faulty].mean() > 0.8
+    in_copy = both(2, copy.rows, 3.5 if alike else 12.0)
+    (found,) = power.families(pair, both(0, [], 0), in_copy, copy, labels=labels)
+    assert np.delete(found.flagged, np.r_[faulty]).mean() < 0.008
+    if wanted:
+        assert found.flagged[faulty].mean() > wanted
     else:  # each class has some, which are in the others' null
         assert not found.flagged.any()
 

@@ -191,7 +191,7 @@ def normal_scores(references: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return out
 
 
-def log_odds(model: Model, scores: np.ndarray) -> np.ndarray:
+def fault_log_odds(model: Model, scores: np.ndarray) -> np.ndarray:
     """Returns float64 [B] for scores [J, B]: how much likelier a fault is than an honest image."""
     z = normal_scores(model.references, np.asarray(scores, np.float64))
     of_shares = np.log(model.shares) - np.log1p(-model.shares.sum())
@@ -200,14 +200,14 @@ def log_odds(model: Model, scores: np.ndarray) -> np.ndarray:
 
 def p_values(model: Model, scores: np.ndarray) -> np.ndarray:
     """Returns float64 [B] in (0, 1] for scores [J, B]: the tail of honest images."""
-    odds = log_odds(model, scores)
+    odds = fault_log_odds(model, scores)
     # The largest threshold that is not above the odds: between two, the larger tail.
     at = np.searchsorted(model.thresholds, odds + 1e-9, side="right") - 1
     return np.where(at < 0, 1.0, model.tail[np.maximum(at, 0)])
 
 
 def beyond_other_classes(
-    values: np.ndarray, labels: np.ndarray, known: np.ndarray | None = None
+    values: np.ndarray, labels: np.ndarray, faults: np.ndarray | None = None
 ) -> np.ndarray:
     """Returns float64 [N] in (0, 1]: p-values of how far an image stands out, other classes' null.
 
@@ -221,12 +221,12 @@ def beyond_other_classes(
     Args:
       values: float [N], higher is worse; NaN is not judged, and its p-value 1.
       labels: int [N].
-      known: float [N], 0 for images that surely have a fault, which are in no null; None for none.
+      faults: bool [N], images that are in no null; None for none.
     """
     values = less_middle(values, labels)
     is_honest = ~np.isnan(values)
-    if known is not None:
-        is_honest &= known != 0
+    if faults is not None:
+        is_honest &= ~faults
     everything, p = np.sort(values[is_honest]), np.ones(len(values))
     for label in np.unique(labels):
         mine = labels == label

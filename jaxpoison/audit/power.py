@@ -27,6 +27,13 @@ less, what makes canaries stand out may be what makes a third of the honest imag
 and no likelihood tells one from the other.
 """
 
+BEYOND = 0.8
+"""What a poison's p-value gives to standing out from other classes' images, see
+`calibrate.beyond_other_classes`; the rest is for looking like canaries, in any number of classes.
+
+A patch that shows less than planted ones do does not look like them and stands out all the same.
+Poisons in several classes do not stand out from each other and may look like canaries."""
+
 Found = Mapping[str, Scores | NotRun]
 
 
@@ -40,13 +47,13 @@ class Family(NamedTuple):
       recalls: {check: recall of canaries at 1% false alarms}, of every check that ran.
       each: {check: float64 [N], its own p-values}, of the checks that have a say.
       p: float64 [N], p-values; 1 where nothing has a say. For labels, of any of the threats that
-        the same checks look for. For poisons, of the model of canaries and of other classes' images
-        as the null, see `calibrate.beyond_other_classes`.
-      q: float64 [N], of Benjamini and Hochberg, each way by itself.
+        the same checks look for; for poisons, see `BEYOND`.
+      q: float64 [N], of Benjamini and Hochberg.
       flagged: bool [N], q at most RATE.
       planted: number of canaries.
       found: number of canaries found, each with thresholds from the other half of them.
-      others_flagged: of a thousand images of the copy that were not changed, how many were flagged.
+      others_flagged: of a thousand images of the copy that were not changed, how many were flagged;
+        for poisons, of those that are not flagged in the data.
       share: estimated part of the data that is like the canaries.
     """
 
@@ -203,15 +210,15 @@ def _families(threats, checks, found, in_copy, planted, labels, known):
         model = calibrate.fit(data[say], samples, among[say], known)
         for k, share in zip(enough, model.shares, strict=True):
             shares[k] = float(share)
-        p = calibrate.p_values(model, data[say])
-        if known is not None:
-            p = np.where(known == 0, 1 / (len(p) + 1), p)
-        q = calibrate.q_values(model, p)
+        faults = np.zeros(len(p), bool) if known is None else known == 0
         if poison:
-            odds = calibrate.log_odds(model, data[say])
-            p, q = _either(p, q, calibrate.beyond_other_classes(odds, labels, known))
-    there = planted.evidence.labels if poison else None
-    all_found, others_flagged = _power(copy, canaries, others, there)
+            p = _of_poisons(model, data[say], labels, faults)
+        else:
+            p = calibrate.p_values(model, data[say])
+        p = np.where(faults, 1 / (len(p) + 1), p)
+        q = calibrate.benjamini_hochberg(p) if poison else calibrate.q_values(model, p)
+    of_classes = (planted.evidence.labels, q <= RATE) if poison else None
+    all_found, others_flagged = _power(copy, canaries, others, of_classes)
     families = []
     for k, (threat, rows) in enumerate(zip(threats, canaries, strict=True)):
         own = {of_threat[j]: _own(data[j], copy[j, rows], among[j]) for j in say if k in enough}
@@ -230,19 +237,21 @@ def _families(threats, checks, found, in_copy, planted, labels, known):
     return families
 
 
-def _either(p, q, beyond):
-    """Returns (p, q) [N] of two ways to be found, each of which counts half.
-
-    The tail of honest images in the model of canaries finds what looks like them, in any number of
-    classes. The null of other classes finds what stands out in one, and need not look like them but
-    for the checks that see it.
+def _of_poisons(model, scores, labels, faults):
+    """Returns p-values [B] of poisons, of two ways to be found; see `BEYOND`.
 
     Args:
-      p, q: of the model.
-      beyond: p-values of `calibrate.beyond_other_classes`.
+      model: of canaries.
+      scores: [J, B].
+      labels: int [B].
+      faults: bool [B], images that surely have a fault.
     """
-    ways = (p, beyond), (q, calibrate.benjamini_hochberg(beyond))
-    return tuple(np.minimum(2 * np.minimum(*way), 1) for way in ways)
+    odds = calibrate.fault_log_odds(model, scores)
+    beyond = calibrate.beyond_other_classes(odds, labels, faults) / BEYOND
+    if not model.there.any():  # nothing looks like canaries
+        return np.minimum(beyond, 1)
+    like = calibrate.p_values(model, scores) / (1 - BEYOND)
+    return np.minimum(np.minimum(beyond, like), 1)
 
 
 def _has_scores(found):
@@ -300,14 +309,21 @@ def _own(scores, canaries, among):
     return np.where(np.isnan(scores), 1.0, p)
 
 
-def _power(copy, canaries, others, labels):
+def _power(copy, canaries, others, of_classes):
     """Returns (canaries found of each threat, others flagged of a thousand).
 
     Nothing is judged by a threshold that it helped to set: each half of the canaries by models of
     the other half, and each half of the other images by the model of their other half (a half-split
-    null).
+    null). For poisons the null is other classes, without what was found in the data.
+
+    Args:
+      copy: scores [J, N].
+      canaries: rows of each threat.
+      others: rows of images that were not changed.
+      of_classes: (labels int [N], found in the data bool [N]) for poisons, else None.
     """
     found, flagged = np.zeros(len(canaries), int), []
+    is_honest = np.full(len(others), True) if of_classes is None else ~of_classes[1][others]
     for half in range(2):
         fitted = [rows[half::2] for rows in canaries if len(rows[half::2]) >= calibrate.LEAST]
         judged = [rows[1 - half :: 2] for rows in canaries]
@@ -317,17 +333,18 @@ def _power(copy, canaries, others, labels):
             continue
         samples = [copy[say][:, rows] for rows in fitted]
         p = np.empty(copy.shape[1])
-        for part in range(2):
-            model = calibrate.fit(copy[say][:, others[part::2]], samples)
-            rows = np.concatenate([*(x[1 - part :: 2] for x in judged), others[1 - part :: 2]])
-            p[rows] = calibrate.p_values(model, copy[say][:, rows])
         rows = np.concatenate([*judged, others])
-        q = calibrate.benjamini_hochberg(p[rows])
-        if labels is not None:
+        if of_classes is not None:
             model = calibrate.fit(copy[say][:, others], samples)
-            odds = calibrate.log_odds(model, copy[say][:, rows])
-            _, q = _either(p[rows], q, calibrate.beyond_other_classes(odds, labels[rows]))
-        *of_threats, honest = np.split(q <= RATE, np.cumsum([len(x) for x in judged]))
+            labels, faults = (x[rows] for x in of_classes)
+            p[rows] = _of_poisons(model, copy[say][:, rows], labels, faults)
+        else:
+            for part in range(2):
+                model = calibrate.fit(copy[say][:, others[part::2]], samples)
+                some = np.concatenate([*(x[1 - part :: 2] for x in judged), others[1 - part :: 2]])
+                p[some] = calibrate.p_values(model, copy[say][:, some])
+        q = calibrate.benjamini_hochberg(p[rows])
+        *of_threats, rest = np.split(q <= RATE, np.cumsum([len(x) for x in judged]))
         found += [np.count_nonzero(each) for each in of_threats]
-        flagged.append(1000 * float(np.mean(honest)))
+        flagged.append(1000 * float(np.mean(rest[is_honest])))
     return [int(n) for n in found], float(np.mean(flagged))

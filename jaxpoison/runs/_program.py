@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxpoison.core import memory
+
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FULL_TEXTS = ("no space left on device", "disk quota exceeded")
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C has ended
@@ -29,9 +31,12 @@ def program(folder: Path | None = None) -> Iterator[None]:
     told with its folder and what is left. Ctrl-C: `stopped; the same command continues`, exit
     status 130. Any other error is a defect and keeps its traceback.
 
+    Freed memory stays with the process, see `core.memory`.
+
     Args:
       folder: where the program writes, for the line about a full disk.
     """
+    memory.keep_freed()
     sys.stdout.flush()
     for stream in (sys.stdout, sys.stderr):
         # Terminals that cannot show a character show a question mark.
