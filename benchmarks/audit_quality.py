@@ -89,7 +89,8 @@ def run_all(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         path = options.work / f"{label}.json"
         if not path.exists():
-            cell = {"dataset": name, "threat": threat, "share": share}
+            commit = runs.environment()["commit"]  # cells may be of several
+            cell = {"dataset": name, "threat": threat, "share": share, "commit": commit}
             folder = options.work / f"{label}-audit"
             runs.write_json(path, cell | measure(case, trusted, threat, share, folder, options))
         cells.append(json.loads(path.read_text()))
