@@ -11,8 +11,8 @@ def keep_freed() -> bool:
     """Makes glibc keep freed memory in the process, in one heap; returns whether it will.
 
     By default it returns large blocks to the kernel, and those of XLA's threads in any case: their
-    heaps are small. Every training step on CPU then faults the same pages in again, which takes a
-    sixth to a quarter of its time. The process stays as large as it once was. Call it before JAX's
+    heaps are small. Every training step on CPU then faults the same pages in again, which takes up
+    to a quarter of its time. The process stays as large as it once was. Call it before JAX's
     first operation. Elsewhere than on Linux with glibc there is no effect.
     """
     if not sys.platform.startswith("linux"):
