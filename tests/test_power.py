@@ -126,6 +126,15 @@ def test_poisons_stand_out_in_a_class_or_look_like_canaries(in_one_class, alike,
         assert not found.flagged.any()
 
 
+def test_a_poison_that_no_check_could_look_for_is_nowhere():
+    copy = planted(count=40, threat="patch")
+    copy = copy._replace(evidence=types.SimpleNamespace(labels=np.zeros(NUM, int)))
+    pair = [check("mark", ("patch",), "poison"), check("other", ("blend",), "poison")]
+    found = {"mark": NotRun("too small"), "other": scored(normal(0))}
+    (family_,) = power.families(pair, found, found, copy, labels=np.zeros(NUM, int))
+    assert family_.found == 0 and not family_.flagged.any() and len(family_.p) == NUM
+
+
 def test_kinds_of_wrong_labels_are_read_together():
     """Mistakes alone are in the data; with thresholds of flips, none would be found."""
     both = [check(name, ("flip", "mistake")) for name in ("far", "near")]

@@ -192,7 +192,7 @@ def normal_scores(references: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def fault_log_odds(model: Model, scores: np.ndarray) -> np.ndarray:
-    """Returns float64 [B] for scores [J, B]: how much likelier a fault is than an honest image."""
+    """Returns float64 [B] for scores [J, B]: natural logarithms of the odds of any fault."""
     z = normal_scores(model.references, np.asarray(scores, np.float64))
     of_shares = np.log(model.shares) - np.log1p(-model.shares.sum())
     return _odds(model.weights, model.offsets + of_shares, z)

@@ -273,7 +273,10 @@ def _matrix(names, found):
 
 def _in_class(scores, labels):
     """Returns scores [J, N], unbounded, less the median of the class; NaN stays NaN."""
-    return np.array([calibrate.less_middle(row, labels) for row in common.unbounded(scores)])
+    values = common.unbounded(scores)
+    for row in values:  # none, where no check of a threat ran
+        row[:] = calibrate.less_middle(row, labels)
+    return values
 
 
 def _by_rule(threat, checks, found):
