@@ -43,7 +43,8 @@ QUICK = Config(
     train_examples=2000,
     attacks=("pgd", "dap"),  # with DURP's third in the mixture the slice is hardly hurt
     defenses=("none", "hint", "hint_every", "recommended"),
-    trusted_epochs=32,
+    dap_steps=10,
+    trusted_epochs=16,
 )
 
 if __name__ == "__main__":

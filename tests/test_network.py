@@ -369,6 +369,25 @@ def test_init_of_nnx():
         wrong.init(jax.random.key(0), SHAPE)
 
 
+def test_init_is_the_same_under_any_transformation():
+    """Alone it is compiled in another way than as a part of other programs."""
+    net = network.as_network(LinenStranger(), image_shape=SHAPE)
+    keys = jax.random.split(jax.random.key(3), 2)
+    first = keys[0]
+
+    def init(key):
+        return net.init(key, SHAPE)
+
+    apart = [init(key) for key in keys]
+    close(jax.vmap(init)(keys), jax.tree.map(lambda *leaves: jnp.stack(leaves), *apart))
+    close(jax.jit(init)(first), apart[0])
+    close(jax.jit(lambda: init(first))(), apart[0])  # no argument is a tracer
+    nnx_net = network.from_nnx(
+        NnxStranger(nnx.Rngs(0)), init=lambda key: NnxStranger(nnx.Rngs(key))
+    )
+    close(jax.jit(lambda: nnx_net.init(first, SHAPE))(), nnx_net.init(first, SHAPE))
+
+
 def test_normalization_and_preprocessing():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.1, 0.3)
 

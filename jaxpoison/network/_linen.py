@@ -13,6 +13,7 @@ import numpy as np
 from flax import core, traverse_util
 from flax.errors import ModifyScopeVariableError
 
+from jaxpoison.core.programs import jit_once
 from jaxpoison.network._layers import (
     MODES,
     Call,
@@ -224,7 +225,7 @@ class ClassifierNetwork(LinenNetwork):
         return images  # the module normalizes them itself
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
+@functools.partial(jit_once, static_argnums=(0, 2))
 def _init(network, key, image_shape):
     images = network.prepared(jnp.zeros((1, *image_shape)))
     variables = _plain(network.module.init(key, images, **dict(network.eval_kwargs)))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax.extend import core
 
+from jaxpoison.core.programs import jit_once
 from jaxpoison.network._layers import (
     Call,
     LayeredNetwork,
@@ -331,7 +332,7 @@ def _split(model):
     return graphdef, variables, tuple(leaves)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jit_once, static_argnums=(0, 1, 2))
 def _init(make, leaves, name, key):
     model = make(key)
     if not isinstance(model, nnx.Module):

@@ -85,10 +85,11 @@ def fit(inputs: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.nd
     def solved(strength):
         """Returns (error, dual weights): by a Cholesky factor: eigenvalues cost more."""
         penalized = kernel + strength * average * np.eye(len(kernel))
-        factor = linalg.cho_factor(penalized, lower=True)
-        inverse = linalg.cho_solve(factor, np.eye(len(kernel)))
-        left = strength * average * float(np.trace(inverse)) / len(kernel)
-        dual = inverse @ (target - share)
+        factor = linalg.cholesky(penalized, lower=True)
+        dual = linalg.cho_solve((factor, True), target - share)
+        triangle, _ = linalg.lapack.dtrtri(factor, lower=1)
+        trace = float(np.vdot(triangle, triangle))  # of the inverse, triangle^T triangle
+        left = strength * average * trace / len(kernel)
         return float(((strength * average * dual) ** 2).sum()) / left**2, dual
 
     dual = min(map(solved, _PENALTIES), key=lambda pair: pair[0])[1]
