@@ -25,8 +25,12 @@ from scipy.special import expit, logit, ndtri
 
 LEAST = 8
 """Canaries that a model rests on, at the least."""
-LEAST_GAIN = 2.0
-"""What each share above 0 must gain in log-likelihood; with less, there may be no such image."""
+LEAST_GAIN = 5.0
+"""What each share above 0 must gain in log-likelihood; with less, there may be no such image.
+
+Twice the gain by chance alone is about half the time 0 and otherwise chi-squared (a share is at
+the end of its range): 5 or more happens once in 1,300 honest sets. Canaries are not quite a sample
+of the faults, nor honest images of one kind, so that gains of 2 to 4 do occur."""
 _LEAST_SHARE = 1e-6
 _DECAY = 0.02
 _STARTS = (0.0005, 0.02, 0.2)  # the likelihood can have several maxima in the shares
