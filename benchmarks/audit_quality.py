@@ -32,7 +32,7 @@ from jaxpoison.data import Dataset
 from jaxpoison.data.readers import Source
 from jaxpoison.data.readers.tfds import newest_version
 
-PLANTED = ("flips", "patch", "blend", "sig", "collision", "bullseye", "matching")
+PLANTED = ("flips", "patch", "patches", "blend", "sig", "collision", "bullseye", "matching")
 SHARES = (0.01, 0.05)
 WHOLE = ("pgd", "dap", "dc")
 """Attacks on the whole set, at a share of 0.05 and of 1."""
@@ -291,8 +291,8 @@ def summary(cell: dict[str, Any]) -> str:
 
 LIKE = {
     "aggregate": ("mistake",), "random1": ("mistake",), "flips": ("flip",), "patch": ("patch",),
-    "blend": ("blend",), "sig": ("wave",), "collision": ("collision",),
-    "bullseye": ("collision",), "matching": ("collision",),
+    "patches": ("patch",), "blend": ("blend",), "sig": ("wave",),
+    "collision": ("collision",), "bullseye": ("collision",), "matching": ("collision",),
 }  # fmt: skip
 """Canaries of the audit that are nearest to a fault; there are none for attacks on whole sets."""
 RIVALS = (

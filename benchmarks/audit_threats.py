@@ -7,6 +7,7 @@ that the audit never sees, and backdoors have other triggers, places and strengt
     aggregate   labels that people gave (CIFAR-10N, arXiv 2110.12088): the majority of three
     random1     the same: the first of three
     patch       BadNets (arXiv 1708.06733): a white square of 4x4 in a corner, relabeled to class 0
+    patches     two of them: the second magenta, in another corner, relabeled to class 5; half each
     blend       a fixed noise pattern at 20% (arXiv 1712.05526), relabeled to class 0
     sig         a sinusoid of 20/255 on images of class 0, whose labels stay (arXiv 1902.11237)
     collision   feature collision (arXiv 1804.00792) at 16/255 in a frozen extractor
@@ -31,6 +32,8 @@ from jaxpoison.data.pixels import to_uint8
 
 TARGET = 0
 """The class of backdoors."""
+SECOND_TARGET = 5
+"""The class of the second of two backdoors."""
 POISONS = 50
 """Poisons that aim at one target, at most."""
 BUDGETS = {"cifar10": 8 / 255, "mnist": 0.3}
@@ -108,6 +111,16 @@ def _patch(case, images, labels, count):
     return _mask(labels, rows)
 
 
+def _patches(case, images, labels, count):
+    rows = _some(case, (labels != TARGET) & (labels != SECOND_TARGET), count)
+    first = case.random.permutation(rows)[: len(rows) // 2]
+    second = np.setdiff1d(rows, first)
+    images[first, 1:5, 1:5] = 255
+    images[second, -5:-1, 1:5] = (255, 0, 255) if images.shape[-1] == 3 else 255
+    labels[first], labels[second] = TARGET, SECOND_TARGET
+    return _mask(labels, rows)
+
+
 def _blend(case, images, labels, count):
     rows = _some(case, labels != TARGET, count)
     pattern = case.random.uniform(0, 255, images.shape[1:])
@@ -165,6 +178,7 @@ THREATS: dict[str, Callable[..., np.ndarray]] = {
     "aggregate": functools.partial(_people, "aggregate"),
     "random1": functools.partial(_people, "random1"),
     "patch": _patch,
+    "patches": _patches,
     "blend": _blend,
     "sig": _sig,
     "collision": functools.partial(_targeted, attacks.feature_collision(epsilon=16 / 255)),

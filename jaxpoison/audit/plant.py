@@ -319,7 +319,9 @@ def collide(embedding: Embedding, images: np.ndarray, goals: np.ndarray) -> np.n
       images: uint8 [B, P, P, 3].
       goals: uint8 [B, P, P, 3], images whose embeddings to come close to.
     """
-    batch = 32
+    if not len(images):
+        return images
+    batch = -(-len(images) // -(-len(images) // 32))  # at most 32, and as even as can be
     step, apply = _descent(embedding.apply), jax.jit(embedding.apply)
     out = []
     for start in range(0, len(images), batch):
@@ -332,7 +334,7 @@ def collide(embedding: Embedding, images: np.ndarray, goals: np.ndarray) -> np.n
             moved = step(moved, clean, aim)
         rounded = np.round(255 * np.asarray(moved)).astype(np.uint8)
         out.append(rounded[: batch - missing])
-    return np.concatenate(out) if out else images
+    return np.concatenate(out)
 
 
 def _descent(apply):
