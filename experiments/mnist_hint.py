@@ -9,7 +9,7 @@ what this library recommends, and on the trusted images alone; prints and draws
 how many test images each network gets right, and what HINT changed. The same
 command in the same --run-dir continues a killed run.
 
-`quick` takes about 130 seconds of processor time: the paper's network on 2,000
+`quick` takes about 160 seconds on two cores: the paper's network on 2,000
 images. HINT updates its noise as late in training as in the paper, and in a row
 of its own before every epoch.
 """

@@ -65,6 +65,7 @@ def fit(
     canaries: Sequence[np.ndarray],
     among: np.ndarray | None = None,
     known: np.ndarray | None = None,
+    there: np.ndarray | None = None,
 ) -> Model:
     """Returns how to read scores, of which unknown shares are like those of the canaries.
 
@@ -77,6 +78,7 @@ def fit(
       known: float [N], what a person has said of images: 1 for honest, 0 for a fault, NaN for
         nothing. Given its scores, such an image says whether there is a fault or not, whatever it
         was chosen by; and it counts as what it is in the tail of honest images.
+      there: bool [K], which faults are in the data; None to find out.
 
     Returns:
       Tails of at least 1 / (N + 1): no image is rarer than one among those that were seen.
@@ -95,7 +97,7 @@ def fit(
     samples = [normal_scores(references, images)]
     samples += [normal_scores(surroundings, scores) for scores in canaries]
     known = np.full(images.shape[1], np.nan) if known is None else np.asarray(known, np.float64)
-    weights, offsets, log_odds, there = _maximum_likelihood(samples, known)
+    weights, offsets, log_odds, there = _maximum_likelihood(samples, known, there)
     odds = _odds(weights, offsets + log_odds, samples[0])
     honest = np.where(np.isnan(known), expit(-odds), known)
     thresholds, place = np.unique(odds, return_inverse=True)
@@ -111,12 +113,12 @@ def _odds(weights, offsets, z):
     return np.logaddexp.reduce(weights @ z + offsets[:, None], axis=0)
 
 
-def _maximum_likelihood(samples, known):
+def _maximum_likelihood(samples, known, there):
     """Returns (weights [K, J], offsets [K], log(share_k / share_0) [K], there [K]).
 
     Args:
       samples: normal scores [J, N] of the data and [J, C_k] of each fault's canaries.
-      known: [N], see `fit`.
+      known, there: see `fit`.
     """
     num_faults, num_checks = len(samples) - 1, len(samples[0])
     sizes = np.array([x.shape[1] for x in samples])
@@ -168,7 +170,7 @@ def _maximum_likelihood(samples, known):
         result = min(found, key=lambda result: result.fun)
         return result.fun - _penalty(parts(result.x)[2]) + LEAST_GAIN * sum(there), result.x
 
-    choices = itertools.product([False, True], repeat=num_faults)
+    choices = itertools.product([False, True], repeat=num_faults) if there is None else [there]
     (_, x), there = min(((best(there), there) for there in choices), key=lambda pair: pair[0][0])
     return *parts(x), np.array(there)
 

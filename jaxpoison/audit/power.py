@@ -317,7 +317,8 @@ def _power(copy, canaries, others, of_classes):
 
     Nothing is judged by a threshold that it helped to set: each half of the canaries by models of
     the other half, and each half of the other images by the model of their other half (a half-split
-    null). For poisons the null is other classes, without what was found in the data.
+    null). For poisons the null is other classes, without what was found in the data. Models
+    take it that there are such faults: in the copy there are.
 
     Args:
       copy: scores [J, N].
@@ -329,6 +330,7 @@ def _power(copy, canaries, others, of_classes):
     is_honest = np.full(len(others), True) if of_classes is None else ~of_classes[1][others]
     for half in range(2):
         fitted = [rows[half::2] for rows in canaries if len(rows[half::2]) >= calibrate.LEAST]
+        there = np.ones(len(fitted), bool)
         judged = [rows[1 - half :: 2] for rows in canaries]
         say = _with_a_say([copy[:, rows] for rows in fitted], copy[:, others])
         if not say:
@@ -338,12 +340,13 @@ def _power(copy, canaries, others, of_classes):
         p = np.empty(copy.shape[1])
         rows = np.concatenate([*judged, others])
         if of_classes is not None:
-            model = calibrate.fit(copy[say][:, others], samples)
+            model = calibrate.fit(copy[say][:, others], samples, there=there)
             labels, faults = (x[rows] for x in of_classes)
             p[rows] = _of_poisons(model, copy[say][:, rows], labels, faults)
         else:
             for part in range(2):
-                model = calibrate.fit(copy[say][:, others[part::2]], samples)
+                among = copy[say][:, others[part::2]]
+                model = calibrate.fit(among, samples, there=there)
                 some = np.concatenate([*(x[1 - part :: 2] for x in judged), others[1 - part :: 2]])
                 p[some] = calibrate.p_values(model, copy[say][:, some])
         q = calibrate.benjamini_hochberg(p[rows])
