@@ -51,6 +51,21 @@ def test_nothing_is_found_where_nothing_is(shift):
     assert np.mean(found(scores, canaries)) < 0.001
 
 
+def test_no_fault_is_there_in_any_of_a_hundred_honest_sets():
+    for seed in range(100):
+        scores, _, canaries = mixture(num=1_000, share=0.0, shift=1.5, canaries=40, seed=seed)
+        assert not calibrate.fit(scores, [canaries]).there[0]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05])
+def test_whether_a_fault_is_there_may_be_said(share):
+    scores, _, canaries = mixture(share=share)
+    for there in (True, False):
+        model = calibrate.fit(scores, [canaries], there=np.array([there]))
+        assert model.there.tolist() == [there]
+        assert (model.shares[0] > 0.02) == (there and share > 0)
+
+
 def test_several_weak_checks_find_more_than_one():
     scores, faulty, canaries = mixture(shift=2.0, checks=4)
     alone, together = (found(scores[:n], canaries[:n]) for n in (1, 4))
