@@ -81,13 +81,14 @@ def fit(inputs: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.nd
     share = target.mean(axis=0)
     kernel = (around @ around.T).astype(float)
     average = max(float(np.trace(kernel)) / len(kernel), 1e-12)
+    invert = linalg.get_lapack_funcs("trtri", (kernel,))
 
     def solved(strength):
         """Returns (error, dual weights): by a Cholesky factor: eigenvalues cost more."""
         penalized = kernel + strength * average * np.eye(len(kernel))
         factor = linalg.cholesky(penalized, lower=True)
         dual = linalg.cho_solve((factor, True), target - share)
-        triangle, _ = linalg.lapack.dtrtri(factor, lower=1)
+        triangle, _ = invert(factor, lower=1)
         trace = float(np.vdot(triangle, triangle))  # of the inverse, triangle^T triangle
         left = strength * average * trace / len(kernel)
         return float(((strength * average * dual) ** 2).sum()) / left**2, dual
