@@ -81,7 +81,7 @@ def fit(inputs: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.nd
     share = target.mean(axis=0)
     kernel = (around @ around.T).astype(float)
     average = max(float(np.trace(kernel)) / len(kernel), 1e-12)
-    invert = linalg.get_lapack_funcs("trtri", (kernel,))
+    (invert,) = linalg.get_lapack_funcs(("trtri",), (kernel,))
 
     def solved(strength):
         """Returns (error, dual weights): by a Cholesky factor: eigenvalues cost more."""
