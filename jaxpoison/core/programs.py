@@ -70,7 +70,8 @@ def jit_once(fn: Callable, static_argnums: tuple[int, ...] = ()) -> Callable:
     """Returns `jax.jit(fn)` for what runs once: it compiles several times faster and runs slower.
 
     LLVM's optimizations are most of what the initial values of a network take. Values agree with
-    those of `jax.jit` to rounding. Under a transformation `fn` becomes part of the program around it.
+    those of `jax.jit` to rounding. Under a transformation `fn` becomes part of the program around
+    it.
     """
     options = {"xla_backend_optimization_level": 0}
     outside = jax.jit(fn, static_argnums=static_argnums, compiler_options=options)
