@@ -256,6 +256,25 @@ def projected(trained, queries):
     return attribution.projected_scores(phi(queries), phi(trained.train), damping=0.01)
 
 
+def logra(on_eigenvectors):
+    """Returns LoGra: each layer projected on 16 directions on either side of its kernel."""
+
+    def scores(trained, queries):
+        sides: dict[str, Any] = {"key": jax.random.key(0)}
+        if on_eigenvectors:
+            factors = curvature.kfac(outputs, output_loss, trained.params, trained.train)
+            sides = {"factors": factors}
+
+        def phi(batch):
+            return attribution.project_layers(
+                outputs, output_loss, trained.params, batch, rank=16, **sides
+            )
+
+        return attribution.projected_scores(phi(queries), phi(trained.train), damping=0.01)
+
+    return scores
+
+
 # Name to `method(trained, queries) -> [M, N]`, positive for harmful.
 METHODS = {
     "Gauss-Newton, CG, damping 0.01": solved(solvers.cg(damping=0.01, tolerance=1e-3)),
@@ -269,6 +288,8 @@ METHODS = {
     "DataInf, damping 0.1": datainf,
     "TracIn, 5 checkpoints": tracin,
     "projected, rank 512, damping 0.01": projected,
+    "LoGra, random, rank 16, damping 0.01": logra(on_eigenvectors=False),
+    "LoGra-PCA, rank 16, damping 0.01": logra(on_eigenvectors=True),
     "gradient products": solved(solvers.identity()),
 }
 

@@ -199,6 +199,19 @@ def sharded_jit(fn, params, group, train, num_devices=8):
     return jax.jit(lambda p, g, t: fn(p, g, t, None))(params, group, train)
 
 
+def fully_sharded(fn, params, group, train, num_devices=8):
+    """Parameters are in parts as well, along the first axis that can be split (FSDP)."""
+    mesh = auto_mesh(num_devices)
+
+    def split(x):
+        axes = [axis for axis, size in enumerate(x.shape) if size % num_devices == 0]
+        spec = PartitionSpec(*[None] * axes[0], "data") if axes else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    group, train = jax.device_put((group, train), NamedSharding(mesh, PartitionSpec("data")))
+    return jax.jit(lambda p, g, t: fn(p, g, t, None))(jax.tree.map(split, params), group, train)
+
+
 def shard_map(fn, params, group, train, num_devices=8, check_vma=True):
     mapped = jax.shard_map(
         lambda p, g, t: fn(p, g, t, "data"),
@@ -235,6 +248,7 @@ COMPOSITIONS = [
     jit,
     vmap,
     sharded_jit,
+    fully_sharded,
     shard_map,
     shard_map_unchecked,
     pmap,

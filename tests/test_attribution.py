@@ -1,5 +1,6 @@
 """TracIn, DataInf, projected gradients, the store of them, and Arnoldi influence."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -216,6 +217,83 @@ def test_projected_scores_equal_a_dense_solve():
     assert relative_error(got, want) < 1e-5
     with pytest.raises(ValueError, match="must share rank"):
         attribution.projected_scores(jnp.ones((3, 5)), jnp.ones((4, 6)), damping=0.1)
+
+
+def two_layers(params, x, tap=curvature.no_tap):
+    """The network of `NETWORK`, which hands its layers to a tap."""
+    kernel, bias = params["hidden"]
+    hidden = jnp.tanh(tap(curvature.DenseLayer("hidden/0", "hidden/1"), x, x @ kernel + bias))
+    return tap(curvature.DenseLayer("out/kernel"), hidden, hidden @ params["out"]["kernel"])
+
+
+project_layers = functools.partial(
+    attribution.project_layers, two_layers, problems.cross_entropy, NETWORK.params
+)
+
+
+def layer_gradients():
+    """Returns the gradients of `NETWORK.train` as matrices, the bias as the last row."""
+    flat = flat_gradients(NETWORK, NETWORK.params, NETWORK.train)
+    ends = np.cumsum([40, 8])  # kernel [5, 8], bias [8], kernel [8, 3]
+    kernel, bias, out = np.split(flat, ends, axis=1)
+    hidden = np.concatenate([kernel.reshape(-1, 5, 8), bias[:, None]], axis=1)
+    return hidden, out.reshape(-1, 8, 3)
+
+
+def test_layers_projected_on_all_eigenvectors_keep_all_inner_products():
+    factors = curvature.kfac(two_layers, problems.cross_entropy, NETWORK.params, NETWORK.train)
+    phi = project_layers(NETWORK.train, rank=99, factors=factors)
+    assert phi.shape == (64, 6 * 8 + 8 * 3)
+    g = flat_gradients(NETWORK, NETWORK.params, NETWORK.train)
+    assert relative_error(phi @ phi.T, g @ g.T) < 1e-5
+
+
+def test_layers_are_projected_on_their_top_eigenvectors():
+    factors = curvature.kfac(two_layers, problems.cross_entropy, NETWORK.params, NETWORK.train)
+    phi = project_layers(NETWORK.train, rank=2, factors=factors, chunk_size=24)
+    assert phi.shape == (64, 8)
+    want = 0
+    inputs = np.concatenate([NETWORK.train[0], np.ones((64, 1))], axis=1).astype(np.float64)
+    hidden = np.tanh(NETWORK.train[0] @ NETWORK.params["hidden"][0] + NETWORK.params["hidden"][1])
+    for block, rows, gradients in zip(
+        factors.blocks, (inputs, np.float64(hidden)), layer_gradients(), strict=True
+    ):
+        p = np.linalg.eigh(rows.T @ rows / 64)[1][:, -2:]
+        q = np.float64(block.outputs[:, -2:])
+        kept = p @ p.T @ gradients @ q @ q.T
+        want += np.einsum("iab,jab->ij", kept, kept)
+    assert relative_error(phi @ phi.T, want) < 1e-4
+
+
+def test_layers_projected_at_random_keep_inner_products_in_the_mean():
+    pair = jax.tree.map(lambda x: x[:2], NETWORK.train)
+    phi = jax.jit(jax.vmap(lambda key: project_layers(pair, rank=4, key=key)))(
+        jax.random.split(jax.random.key(0), 2000)
+    )
+    assert phi.shape == (2000, 2, 4 * 4 + 4 * 3)
+    products = np.einsum("kir,kjr->kij", phi, phi)
+    want = sum(np.einsum("iab,jab->ij", g[:2], g[:2]) for g in layer_gradients())
+    error = products.std(0) / 2000**0.5
+    assert (np.abs(products.mean(0) - want) < 4 * error).all()
+    assert (error < 0.1 * np.abs(want).max()).all()
+    # One key, one projection, whatever the chunks.
+    one = functools.partial(project_layers, NETWORK.train, rank=4, key=jax.random.key(1))
+    assert relative_error(one(chunk_size=24), one()) < 1e-6
+
+
+def test_projections_of_layers_are_refused_without_what_they_need():
+    with pytest.raises(ValueError, match=r"give either key=jax.random.key\(0\)"):
+        project_layers(NETWORK.train, rank=2)
+    factors = curvature.kfac(two_layers, problems.cross_entropy, NETWORK.params, NETWORK.train)
+    other = dataclasses.replace(factors, blocks=factors.blocks[:1])
+    with pytest.raises(ValueError, match="the factors have no layer out/kernel"):
+        project_layers(NETWORK.train, rank=2, factors=other)
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        project_layers(NETWORK.train, rank=0, factors=factors)
+    with pytest.raises(TypeError, match="output_loss must be a function, got 3"):
+        attribution.project_layers(
+            two_layers, 3, NETWORK.params, NETWORK.train, rank=2, factors=factors
+        )
 
 
 def make_store(folder, dtype="float32", **settings):

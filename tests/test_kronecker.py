@@ -97,12 +97,12 @@ def places(params, names):
     return np.concatenate([found[name] for name in names])
 
 
-def assert_diagonal_of(block, matrix):
+def assert_diagonal_of(block, matrix, tolerance=1e-10):
     """The eigenvalues of a layer are the diagonal of its exact block in their eigenvectors."""
     basis = np.kron(block.inputs, block.outputs)
     assert relative_error(basis.T @ basis, np.eye(len(basis))) < 1e-12
     want = np.diag(basis.T @ matrix @ basis)
-    assert relative_error(block.eigenvalues, want) < 1e-10
+    assert relative_error(block.eigenvalues, want) < tolerance
 
 
 # What the factors are.
@@ -291,6 +291,132 @@ def test_nnx_gives_what_linen_gives(convolutional):
     u = jax.tree.map(jnp.cos, variables["params"])
     assert [b.names for b in got.blocks] == [b.names for b in want.blocks]
     assert relative_error(ravel(got.product(u)), ravel(want.product(u))) < 1e-10
+
+
+VOCABULARY, TOKENS = 5, 3
+
+
+class LinenText(nn.Module):
+    """A causal transformer of one layer, in Linen."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(VOCABULARY, 4, name="embed")(tokens)
+        mask = nn.make_causal_mask(tokens)
+        x = x + nn.MultiHeadDotProductAttention(2, name="attention")(nn.LayerNorm()(x), mask=mask)
+        return nn.Dense(VOCABULARY, name="head")(jnp.tanh(x))
+
+
+class NnxText(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(VOCABULARY, 4, rngs=rngs)
+        self.norm = nnx.LayerNorm(4, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+        self.head = nnx.Linear(4, VOCABULARY, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        mask = nnx.make_causal_mask(tokens)
+        x = x + self.attention(self.norm(x), mask=mask)
+        return self.head(jnp.tanh(x))
+
+
+@pytest.fixture(scope="module", params=["linen", "nnx"])
+def language(request):
+    """Tapped function, parameters, tokens, Gauss-Newton matrix, and how exact it is."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(0, VOCABULARY, (6, TOKENS + 1))
+        batch = tokens[:, :-1], tokens[:, 1:]
+        if request.param == "linen":
+            model = LinenText()
+            variables = float64(model.init(jax.random.key(0), batch[0]))
+        else:
+            model = network.from_nnx(NnxText(nnx.Rngs(0)))
+            variables = float64(model.variables)
+        apply, params = network.tapped_logits(model, variables), variables["params"]
+
+        def at_position(t):
+            return gauss_newton_of(lambda p, x: apply(p, x)[:, t], params, batch)
+
+        matrix = sum(at_position(t) for t in range(TOKENS))
+        # NNX's attention takes its softmax in float32.
+        return apply, params, batch, matrix, 1e-6 if request.param == "nnx" else 1e-10
+
+
+def test_the_layers_of_a_language_model_have_the_diagonal_of_their_exact_blocks(language):
+    """Attention's kernels have three axes; the loss of a text is a sum over its tokens."""
+    apply, params, batch, matrix, tolerance = language
+    got = curvature.ekfac(apply, curvature.cross_entropy, params, batch)
+    layers = {block.layer.kernel: block for block in got.blocks if hasattr(block, "layer")}
+    assert {name: len(block.inputs) for name, block in layers.items()} == {
+        **{f"attention/{name}/kernel": 5 for name in ("query", "key", "value", "out")},
+        "head/kernel": 5,
+    }
+    assert layers["attention/out/kernel"].layer.num_axes == 2
+    for block in layers.values():
+        at = places(params, block.names)
+        assert_diagonal_of(block, matrix[np.ix_(at, at)], tolerance)
+    # One product with the true matrix, over all tokens.
+    multiply = curvature.product(
+        curvature.gauss_newton(apply, curvature.cross_entropy), params, batch
+    )
+    u = jax.tree.map(jnp.cos, params)
+    assert relative_error(ravel(multiply(u)), matrix @ ravel(u)) < tolerance
+    # The embedding is no layer: an exact block, with the norm's scales.
+    (block,) = [block for block in got.blocks if not hasattr(block, "layer")]
+    at = places(params, block.names)
+    dense = matrix_of(got, params)[np.ix_(at, at)]
+    assert relative_error(dense, matrix[np.ix_(at, at)]) < tolerance
+
+
+def test_random_signs_of_tokens_are_right_on_average(language):
+    apply, params, batch, matrix, _ = language
+    estimate = functools.partial(
+        curvature.kfac, apply, curvature.cross_entropy, params, batch, num_samples=2
+    )
+    keys = jax.random.split(jax.random.key(0), 300)
+    u = jax.tree.map(jnp.cos, params)
+    many = jax.lax.map(lambda key: estimate(key=key).product(u)["embed"], keys)
+    at = places(params, ("embed/embedding",))
+    got = jax.tree.map(lambda x: x.mean(0), many)
+    block = places(
+        params, next(b for b in estimate(key=keys[0]).blocks if not hasattr(b, "layer")).names
+    )
+    want = np.zeros(len(matrix))
+    want[block] = matrix[np.ix_(block, block)] @ ravel(u)[block]
+    assert relative_error(ravel(got), want[at]) < 0.1
+
+
+def test_cross_entropy_knows_a_root_of_its_hessian():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(2, 3, 4)), np.array([[0, 3, 1], [2, -1, 0]])
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    nats = -np.log(np.take_along_axis(p, np.maximum(labels, 0)[..., None], -1))[..., 0]
+    want = np.where(labels < 0, 0, nats).sum(1)
+    np.testing.assert_allclose(curvature.cross_entropy(logits, labels), want, rtol=1e-12)
+    wrong = labels + 1  # one of them is no class
+    with pytest.raises(ValueError, match=r"labels go up to 4, but logits .* have 4 classes"):
+        curvature.cross_entropy(logits, wrong)
+    found = jax.jit(jax.value_and_grad(lambda z, y: curvature.cross_entropy(z, y)[0]))
+    assert np.isnan(found(logits, wrong)[0]) and np.isnan(found(logits, wrong)[1]).any()
+    for bad in (labels[:, :2], labels * 1.0):
+        with pytest.raises(ValueError, match=r"labels must be int \(2, 3\), one for each row of"):
+            curvature.cross_entropy(logits, bad)
+    # Of two texts at once, and of one label an example.
+    for z, y in ((logits, labels), (logits[:, 0], labels[:, 0])):
+
+        def loss(flat, z=z, y=y):
+            return curvature.cross_entropy(flat.reshape(z.shape), y).sum()
+
+        def root(signs, z=z, y=y):
+            return curvature.cross_entropy.root(z, y, signs.reshape(z.shape)).ravel()
+
+        hessian = jax.hessian(loss)(z.ravel())
+        columns = jax.vmap(root)(jnp.eye(z.size)).T
+        assert relative_error(columns @ columns.T, hessian) < 1e-12
 
 
 def test_a_layer_called_twice_has_further_positions():
@@ -539,11 +665,13 @@ def test_a_whole_network_from_end_to_end_in_float32():
 
 def test_errors_say_what_is_wrong(problem, factors):
     params, train = problem.params, problem.train
-    estimate = functools.partial(curvature.ekfac, output_loss=cross_entropy, params=params)
 
-    def fails(match, fn, kind=ValueError, batch=train, **settings):
+    def fails(match, fn, kind=ValueError, batch=train, output_loss=cross_entropy, **settings):
         with pytest.raises(kind, match=match):
-            estimate(fn, batch=batch, **settings)
+            curvature.ekfac(fn, output_loss, params, batch, **settings)
+
+    def summed(logits, labels):
+        return cross_entropy(logits.reshape(-1, 3), labels.ravel()).reshape(len(labels), -1).sum(1)
 
     def first(layer, change=lambda y: y):
         def fn(params, x, tap=no_tap):
@@ -559,7 +687,7 @@ def test_errors_say_what_is_wrong(problem, factors):
     )
     fails("hands no layer of params", first(DenseLayer("w")))
     fails("'hidden/b', which params do not hold", first(DenseLayer("hidden/0", "hidden/b")))
-    fails(r"must have 8 columns", first(HIDDEN, lambda y: jnp.tile(y, 2)))
+    fails(r"must end in \(8,\), as its kernel", first(HIDDEN, lambda y: jnp.tile(y, 2)))
     fails(
         r"hidden/0 \(5, 8\) has inputs \(1, 5\) and output \(2, 8\), which do not fit",
         first(HIDDEN, lambda y: jnp.concatenate([y, y])),
@@ -577,6 +705,17 @@ def test_errors_say_what_is_wrong(problem, factors):
     fails("is the kernel of two layers", shared)
     fails("pass a PRNG key", tapped, num_samples=2)
     fails("num_samples must be at least 1, got 0", tapped, num_samples=0)
+
+    def many(params, x, tap=no_tap):  # a language model's outputs: 1,500 tokens, 3 words
+        return jnp.tile(tapped(params, x, tap)[:, None], (1, 1500, 1))
+
+    labels = np.zeros((len(train[0]), 1500), int)
+    for settings in ({}, {"num_samples": 1, "key": jax.random.key(0)}):
+        fails(
+            "an example has 4,500 outputs.* give num_samples=1 or more, and as output_loss "
+            "curvature.cross_entropy", many, batch=(train[0], labels),
+            output_loss=curvature.cross_entropy if not settings else summed, **settings,
+        )  # fmt: skip
     fails("block_size must be at least 1, got 0", tapped, block_size=0)
     fails("chunk_size must be at least 1 or None, got 0", tapped, chunk_size=0)
     fails("weights must have one number per example", tapped, weights=jnp.ones(3))

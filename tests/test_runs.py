@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import run_code
 
 from jaxpoison import cli, runs
 from jaxpoison.core import loops
@@ -247,6 +248,26 @@ def test_an_interrupted_program_ends_with_one_line(ended, capsys):
         raise KeyboardInterrupt
     assert ended == [130]
     assert capsys.readouterr().err == "stopped; the same command continues\n"
+
+
+def test_an_interruption_where_python_ignores_errors_ends_a_program_as_well():
+    """Ctrl-C may come while an object is finalized: Python prints the error and goes on."""
+    done = run_code(
+        "import sys\n"
+        "from jaxpoison import runs\n"
+        "class Interrupted:\n"
+        "    def __del__(self):\n"
+        "        raise KeyboardInterrupt\n"
+        "before = sys.unraisablehook\n"
+        "with runs.program():\n"
+        "    pass\n"
+        "assert sys.unraisablehook is before\n"
+        "with runs.program():\n"
+        "    Interrupted()\n"
+        "    print('went on')\n"
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "stopped; the same command continues\n"
 
 
 def test_a_full_disk_is_one_line(ended, capsys, tmp_path):

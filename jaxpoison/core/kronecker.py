@@ -18,7 +18,7 @@ from jax import lax
 
 from jaxpoison.core.checks import listing
 from jaxpoison.core.layers import Layer
-from jaxpoison.core.trees import Params, at_least_float32
+from jaxpoison.core.trees import Params, at_least_float32, named_leaves
 
 HIGHEST = lax.Precision.HIGHEST
 Scale = Callable[[jax.Array], jax.Array]
@@ -62,12 +62,12 @@ class LayerBlock:
 
     def scaled(self, leaves: list[jax.Array], scale: Scale) -> list[jax.Array]:
         kernel, *bias = leaves
-        width = kernel.shape[-1]
-        u = jnp.concatenate([kernel.reshape(-1, width), *(b[None] for b in bias)])
+        width = len(self.outputs)
+        u = jnp.concatenate([leaf.reshape(-1, width) for leaf in leaves])
         u = _rotated(u, self.inputs, self.outputs) * scale(self.eigenvalues)
         u = _rotated(u, self.inputs.T, self.outputs.T)
         last = len(u) - len(bias)
-        return [u[:last].reshape(kernel.shape), *u[last:]]
+        return [u[:last].reshape(kernel.shape), *(u[last].reshape(b.shape) for b in bias)]
 
 
 @_block("names")
@@ -160,15 +160,3 @@ class KroneckerFactors:
 def _rotated(u: jax.Array, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
     """Returns inputs^T u outputs, for u `[d, F]`, in full precision."""
     return jnp.linalg.multi_dot([inputs.T, u, outputs], precision=HIGHEST)
-
-
-def named_leaves(tree: Params) -> tuple[dict[str, jax.Array], Any]:
-    """Returns the leaves by path, keys joined by slashes, in order; and the structure."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): jnp.asarray(leaf)
-        for path, leaf in leaves
-    }
-    if len(named) < len(leaves):
-        raise ValueError("two parameters have the same path: name them differently")
-    return named, treedef

@@ -24,7 +24,7 @@ from jax import lax
 
 @dataclasses.dataclass(frozen=True)
 class DenseLayer:
-    """A linear layer, output = inputs @ kernel + bias, on the last axis.
+    """A linear layer, output = inputs @ kernel + bias, on the last axis or axes.
 
     All other axes are positions: examples, and whatever else shares the weights, such as tokens.
 
@@ -32,15 +32,21 @@ class DenseLayer:
       kernel: path of the kernel `[d, F]` in the parameters, keys joined by slashes, as in
         "hidden/kernel".
       bias: path of the bias `[F]`; None if there is none.
+      num_axes: how many axes of the inputs the kernel sums over, its first ones. The kernel
+        `[heads, d, F]` of the last layer of attention has 2; `[d, heads, F]` has 1.
     """
 
     kernel: str
     bias: str | None = None
+    num_axes: int = 1
+
+    def output_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the output at one position."""
+        return kernel_shape[self.num_axes :]
 
     def rows(self, inputs: jax.Array, kernel_shape: tuple[int, ...]) -> jax.Array:
         """Returns `[T, d]`: what the kernel multiplies, one row for each position."""
-        del kernel_shape
-        return inputs.reshape(-1, inputs.shape[-1])
+        return inputs.reshape(-1, math.prod(kernel_shape[: self.num_axes]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,10 @@ class ConvLayer:
     strides: tuple[int, ...] | None = None
     padding: str | tuple[tuple[int, int], ...] = "SAME"
     dilation: tuple[int, ...] | None = None
+
+    def output_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the output at one position."""
+        return kernel_shape[-1:]
 
     def rows(self, inputs: jax.Array, kernel_shape: tuple[int, ...]) -> jax.Array:
         """Returns `[T, window C]`: the patches, in the order of the kernel's entries."""

@@ -38,3 +38,15 @@ def at_least_float32(tree: Any) -> Any:
 def cast_like(tree: Any, like: Any) -> Any:
     """Returns `tree` with the dtypes of `like`."""
     return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), tree, like)
+
+
+def named_leaves(tree: Params) -> tuple[dict[str, jax.Array], Any]:
+    """Returns the leaves by path, keys joined by slashes, in order; and the structure."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): jnp.asarray(leaf)
+        for path, leaf in leaves
+    }
+    if len(named) < len(leaves):
+        raise ValueError("two parameters have the same path: name them differently")
+    return named, treedef

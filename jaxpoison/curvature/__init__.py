@@ -33,6 +33,7 @@ from jaxpoison.curvature._exact import linear_head as linear_head
 from jaxpoison.curvature._exact import with_l2 as with_l2
 from jaxpoison.curvature._kronecker import ekfac as ekfac
 from jaxpoison.curvature._kronecker import kfac as kfac
+from jaxpoison.curvature._losses import cross_entropy as cross_entropy
 from jaxpoison.curvature._product import minibatch_product as minibatch_product
 from jaxpoison.curvature._product import product as product
 from jaxpoison.curvature.base import Curvature as Curvature

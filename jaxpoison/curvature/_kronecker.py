@@ -25,7 +25,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import get_opaque_trace_state
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
@@ -40,21 +39,22 @@ from jaxpoison.core.batches import (
     normalized_weights,
     split_batch,
 )
-from jaxpoison.core.checks import check_count, check_no_nan, listing, shortened
+from jaxpoison.core.checks import check_count, check_no_nan, shortened
 from jaxpoison.core.kronecker import (
     HIGHEST,
     DenseBlock,
     DiagonalBlock,
     KroneckerFactors,
     LayerBlock,
-    named_leaves,
 )
-from jaxpoison.core.layers import Layer, TappedFn, no_tap
+from jaxpoison.core.layers import TappedFn, no_tap
 from jaxpoison.core.programs import is_traced
 from jaxpoison.core.spmd import AxisName, device_local, mean_over_devices
-from jaxpoison.core.trees import Params, at_least_float32
+from jaxpoison.core.taps import Call, by_layer, calls_of, layers_of, seen
+from jaxpoison.core.trees import Params, at_least_float32, named_leaves
 
 OutputLoss = Callable[[Any, Any], jax.Array]
+_MOST_OUTPUTS = 4096
 
 
 def ekfac(
@@ -83,7 +83,8 @@ def ekfac(
         independent. `network.tapped_logits` makes it of a Flax model. A layer whose weights are not
         in `params` is held fixed.
       output_loss: `output_loss(outputs, targets) -> losses[B]`, convex in `outputs`: negative
-        eigenvalues of its Hessian are left out.
+        eigenvalues of its Hessian are left out. With many outputs, as of a language model, it must
+        know a root of its Hessian, as `cross_entropy` does.
       params: where the matrix is taken; half-precision leaves are raised to float32.
       batch: `(inputs, targets)` with leading axis N, or a `Stream` of such, then outside `jit`.
       weights: non-negative, `[N]`, as for `product`.
@@ -91,7 +92,8 @@ def ekfac(
         its patches. None: all at once.
       num_samples: None for the sum over all K outputs of an example. A number for so many random
         signs instead, each the sum over k with random signs, which is right on average and costs
-        `num_samples` backward passes rather than K.
+        `num_samples` backward passes rather than K. For a language model K is tokens times
+        vocabulary, and 1 is usual.
       key: PRNG key, for `num_samples`.
       block_size: the most numbers in an exact block of leaves outside of layers. In the order of
         `params`, leaves share a block as long as they fit; a leaf that does not gets its diagonal.
@@ -103,8 +105,8 @@ def ekfac(
 
     Raises:
       ValueError: for a function that taps no layer of `params`, or a layer that does not fit its
-        kernel or is called inside a transformation of its own; num_samples without a key; and as
-        `product`.
+        kernel or is called inside a transformation of its own; num_samples without a key; more than
+        4,096 outputs of an example without num_samples or without a root; and as `product`.
     """
     run = functools.partial(_factors, tapped, output_loss, params, batch, corrected=True)
     settings = {"weights": weights, "chunk_size": chunk_size, "num_samples": num_samples}
@@ -152,7 +154,9 @@ def _factors(
     params = at_least_float32(params)
     first = next(iter(batch)) if isinstance(batch, Stream) else batch
     _check_values(tapped, output_loss, params, first)
-    layout = _layout(tapped, params, first, block_size)
+    calls, num_outputs = calls_of(tapped, params, first)
+    _check_outputs(num_outputs, output_loss, num_samples)
+    layout = _layout(calls, params, block_size)
     static = {"layout": layout, "num_samples": num_samples if key is not None else None}
     if isinstance(batch, Stream):
         if weights is not None or chunk_size is not None or axis_name is not None:
@@ -187,6 +191,15 @@ def _check_values(tapped, output_loss, params, batch):
         return output_loss(tapped(params, inputs, no_tap), targets)
 
     check_independent(losses, params, batch, "example")
+
+
+def _check_outputs(size, output_loss, num_samples):
+    if size > _MOST_OUTPUTS and (num_samples is None or _root_of(output_loss) is None):
+        raise ValueError(
+            f"an example has {size:,} outputs, each a backward pass and together a Hessian of "
+            f"{size:,}^2 numbers; give num_samples=1 or more, and as output_loss "
+            "curvature.cross_entropy, or a function of yours with an attribute root as it has"
+        )
 
 
 def _over_chunks(batch, weights, chunk_size, params, part):
@@ -294,39 +307,48 @@ def _gradients(tapped, output_loss, params, key, inputs, targets, ids, layout, n
     Rows `[B, T, d]` and gradients `[B, K, T, F]` of each layer, and `[B, K, *leaf]` by name for
     the other leaves.
     """
-    leaves, treedef = named_leaves(params)
+    leaves, _ = named_leaves(params)
     outside = [name for names in layout.groups for name in names] + list(layout.diagonals)
     others = {name: leaves[name] for name in outside}
 
     def of_example(example, example_id):
         x, y = jax.tree.map(lambda leaf: leaf[None], example)
-        zeros = [jnp.zeros(call.output.shape, call.output.dtype) for call in layout.calls]
-        zeros = device_local(zeros, params, example)
-
-        def forward(perturbations, others):
-            record = _Record(leaves, perturbations)
-            outputs = tapped(treedef.unflatten((leaves | others).values()), x, record)
-            return at_least_float32(outputs), record.rows
-
-        outputs, pull, rows = jax.vjp(forward, zeros, others, has_aux=True)
-        flat, unravel = ravel_pytree(outputs)
-
-        def loss(flat):
-            return losses_per_example(output_loss, unravel(flat), y)[0]
-
-        values, vectors = jnp.linalg.eigh(jax.hessian(loss)(flat))
-        root = vectors * jnp.sqrt(jnp.maximum(values, 0))
-        if num_samples is not None:
-            own = jax.random.fold_in(key, example_id)
-            signs = jax.random.rademacher(own, (len(root), num_samples), root.dtype)
-            root = jnp.matmul(root, signs, precision=HIGHEST) / math.sqrt(num_samples)
-        to_outputs, to_others = jax.vmap(lambda column: pull(unravel(column)))(root.T)
+        outputs, pull, rows = seen(tapped, params, others, layout.calls, x)
+        own = None if num_samples is None else jax.random.fold_in(key, example_id)
+        columns = _root_columns(output_loss, outputs, y, own, num_samples)
+        to_outputs, to_others = jax.vmap(pull)(columns)
         gradients = [
-            g.reshape(len(g), -1, g.shape[-1]) for g in at_least_float32(to_outputs)
+            g.reshape(len(g), -1, call.width)
+            for call, g in zip(layout.calls, at_least_float32(to_outputs), strict=True)
         ]  # [K, T, F]
-        return layout.by_layer(rows, 0), layout.by_layer(gradients, 1), to_others
+        return by_layer(layout.calls, rows, 0), by_layer(layout.calls, gradients, 1), to_others
 
     return jax.vmap(of_example)((inputs, targets), ids)
+
+
+def _root_columns(output_loss, outputs, targets, key, num_samples):
+    """Returns the columns of a root of the Hessian of one example's loss, stacked; see `ekfac`."""
+    flat, unravel = ravel_pytree(outputs)
+    if num_samples is None:
+        signs = jnp.eye(flat.size, dtype=flat.dtype)
+    else:
+        signs = jax.random.rademacher(key, (num_samples, flat.size), flat.dtype)
+        signs /= math.sqrt(num_samples)
+    root = _root_of(output_loss)
+    if root is not None:
+        return jax.vmap(lambda sign: root(outputs, targets, unravel(sign)))(signs)
+
+    def loss(flat):
+        return losses_per_example(output_loss, unravel(flat), targets)[0]
+
+    values, vectors = jnp.linalg.eigh(jax.hessian(loss)(flat))
+    matrix = vectors * jnp.sqrt(jnp.maximum(values, 0))
+    return jax.vmap(unravel)(jnp.matmul(signs, matrix.T, precision=HIGHEST))
+
+
+def _root_of(output_loss):
+    """Returns the attribute `root` of a loss that has one, see `cross_entropy`, or None."""
+    return getattr(output_loss.func, "root", None)
 
 
 # From moments to eigenvectors.
@@ -337,7 +359,7 @@ def _decomposed(moments, *, layout):
     """Returns the factors of K-FAC."""
     factors, groups, diagonals = moments
     blocks: list[Any] = []
-    for layer, (a, g) in zip(layout.layers, factors, strict=True):
+    for layer, (a, g) in zip(layers_of(layout.calls), factors, strict=True):
         (s_a, q_a), (s_g, q_g) = _eigen(a), _eigen(g)
         blocks.append(LayerBlock(q_a, q_g, s_a[:, None] * s_g, layer))
     for names, matrix in zip(layout.groups, groups, strict=True):
@@ -362,62 +384,22 @@ def _with_eigenvalues(factors, eigenvalues):
     return KroneckerFactors((*blocks, *factors.blocks[count:]))
 
 
-# Which layers there are.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    layer: Layer
-    output: jax.ShapeDtypeStruct
+# How the other leaves are grouped.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
     """The calls of layers in one example's forward pass, and how the other leaves are grouped."""
 
-    calls: tuple[_Call, ...]
+    calls: tuple[Call, ...]
     groups: tuple[tuple[str, ...], ...]
     diagonals: tuple[str, ...]
 
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        return tuple(dict.fromkeys(call.layer for call in self.calls))
 
-    def by_layer(self, values, axis):
-        """Returns one array for each layer: calls of the same layer are further positions."""
-        return [
-            jnp.concatenate(
-                [v for call, v in zip(self.calls, values, strict=True) if call.layer == layer], axis
-            )
-            for layer in self.layers
-        ]
-
-
-def _layout(tapped, params, batch, block_size):
-    inputs, _ = split_batch(batch)
-    one = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((1, *jnp.shape(x)[1:]), jnp.result_type(x)), inputs
-    )
-    calls: list[_Call] = []
-
-    def forward(params, x):
-        record = _Record(named_leaves(params)[0], None)
-        tapped(params, x, record)
-        calls[:] = record.calls
-
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    jax.eval_shape(forward, shapes, one)
-    leaves, _ = named_leaves(params)
-    if not calls:
-        raise ValueError(
-            "tapped hands no layer of params to its tap; params hold "
-            f"{listing(leaves, 40)}: call tap(layer, inputs, output) where a linear layer is "
-            "computed, with the paths of its weights, or make the function by "
-            "network.tapped_logits"
-        )
+def _layout(calls, params, block_size):
     held = {name for call in calls for name in (call.layer.kernel, call.layer.bias)}
     groups, diagonals, room = [], [], 0
-    for name, leaf in leaves.items():
+    for name, leaf in named_leaves(params)[0].items():
         if name in held:
             continue
         if leaf.size > block_size:
@@ -428,61 +410,4 @@ def _layout(tapped, params, batch, block_size):
         else:
             groups[-1].append(name)
             room -= leaf.size
-    return _Layout(tuple(calls), tuple(map(tuple, groups)), tuple(diagonals))
-
-
-class _Record:
-    """A tap that keeps the rows of each call and adds a perturbation to its output."""
-
-    def __init__(self, leaves, perturbations):
-        self.leaves, self.perturbations = leaves, perturbations
-        self.calls: list[_Call] = []
-        self.rows: list[jax.Array] = []
-        self.trace = get_opaque_trace_state()
-
-    def __call__(self, layer, inputs, output):
-        if layer.kernel not in self.leaves and layer.bias not in self.leaves:
-            return output
-        if get_opaque_trace_state() != self.trace:
-            raise ValueError(
-                f"the layer of {layer.kernel} is called in a transformation inside the network "
-                "(jit, remat, scan, vmap), which its input cannot leave: call it outside of one, "
-                "or leave its tap out"
-            )
-        self._check(layer, output)
-        kernel = self.leaves[layer.kernel]
-        rows = at_least_float32(layer.rows(lax.stop_gradient(inputs), kernel.shape))
-        if rows.shape != (output.size // output.shape[-1], kernel.size // kernel.shape[-1]):
-            raise ValueError(
-                f"the layer of {layer.kernel} {kernel.shape} has inputs {inputs.shape} and output "
-                f"{output.shape}, which do not fit {layer}: mend its strides, padding or dilation, "
-                "or leave its tap out"
-            )
-        if layer.bias is not None:
-            rows = jnp.concatenate([rows, jnp.ones_like(rows[:, :1])], axis=1)
-        self.calls.append(_Call(layer, jax.ShapeDtypeStruct(output.shape, output.dtype)))
-        self.rows.append(rows)
-        if self.perturbations is None:
-            return output
-        return output + self.perturbations[len(self.calls) - 1]
-
-    def _check(self, layer, output):
-        for name in (layer.kernel, layer.bias):
-            if name is not None and name not in self.leaves:
-                raise ValueError(
-                    f"{layer} names {name!r}, which params do not hold; there are: "
-                    f"{listing(self.leaves, 40)}"
-                )
-        for call in self.calls:
-            if call.layer.kernel == layer.kernel and call.layer != layer:
-                raise ValueError(
-                    f"{layer.kernel} is the kernel of two layers, {call.layer} and {layer}: tap "
-                    "neither, and it gets its diagonal"
-                )
-        width = self.leaves[layer.kernel].shape[-1]
-        sizes = (width,) if layer.bias is None else (width, self.leaves[layer.bias].size)
-        if output.ndim == 0 or any(size != output.shape[-1] for size in sizes):
-            raise ValueError(
-                f"the output {output.shape} of {layer} must have {width} columns, as its kernel "
-                "has: hand the output to tap before anything else is done to it"
-            )
+    return _Layout(calls, tuple(map(tuple, groups)), tuple(diagonals))

@@ -221,6 +221,17 @@ def dense_layer(path: Path, layer: Any) -> layers.DenseLayer:
     return layers.DenseLayer(*_paths(path, layer))
 
 
+def general_layer(path: Path, layer: Any, batch_axes: Any) -> layers.DenseLayer | None:
+    """Returns that of a `DenseGeneral` or `LinearGeneral`, as of attention, or None.
+
+    None where it sums over other axes than the last ones, or has a kernel for each batch axis.
+    """
+    axes = (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis)
+    if batch_axes or axes != tuple(range(-len(axes), 0)):
+        return None
+    return layers.DenseLayer(*_paths(path, layer), num_axes=len(axes))
+
+
 def conv_layer(path: Path, layer: Any) -> layers.ConvLayer | None:
     """Returns the description of a Linen or NNX convolution, or None if `ConvLayer` is not it."""
     num_axes = len(_per_axis(layer.kernel_size, 1))

@@ -21,6 +21,7 @@ from jaxpoison.network._layers import (
     by_name,
     conv_layer,
     dense_layer,
+    general_layer,
     mode_arguments,
     named_head,
     settings_of_modes,
@@ -28,6 +29,7 @@ from jaxpoison.network._layers import (
 from jaxpoison.network.base import (
     Network,
     check_logits,
+    check_outputs,
     found_at,
     is_batch_norm,
 )
@@ -170,7 +172,7 @@ class LinenNetwork(LayeredNetwork):
             return tap(layer, args[0] if args else kwargs["inputs"], output)
 
         with nn.intercept_methods(interceptor):
-            return self.logits(variables, images)
+            return check_outputs(self._name(), self._apply(variables, images, None))
 
     def _name(self):
         return type(self.module).__name__
@@ -272,6 +274,8 @@ def _described(module):
     """Returns the description of a linear layer, or None for other modules."""
     if isinstance(module, nn.Dense):
         return dense_layer(module.path, module)
+    if isinstance(module, nn.DenseGeneral):
+        return general_layer(module.path, module, module.batch_dims)
     return conv_layer(module.path, module) if isinstance(module, nn.Conv) else None
 
 

@@ -22,6 +22,7 @@ from jaxpoison.network._layers import (
     by_name,
     conv_layer,
     dense_layer,
+    general_layer,
     mode_arguments,
     named_head,
     origin,
@@ -30,6 +31,7 @@ from jaxpoison.network._layers import (
 from jaxpoison.network.base import (
     Network,
     check_logits,
+    check_outputs,
     check_outside_jit,
     is_batch_norm,
     kept_variables,
@@ -199,7 +201,7 @@ class NnxNetwork(LayeredNetwork):
                 return None
             return lambda path, layer, inputs, kwargs, output, here: tap(described, inputs, output)
 
-        return check_logits(self.name, self._run(variables, images, None, watch=watch)[0])
+        return check_outputs(self.name, self._run(variables, images, None, watch=watch)[0])
 
     def taps(self, variables, x, *, select=None, **kwargs):
         calls: list[Call] = []
@@ -313,6 +315,8 @@ def _described(path, layer):
     """Returns the description of a linear layer, or None for other modules."""
     if isinstance(layer, nnx.Linear):
         return dense_layer(path, layer)
+    if isinstance(layer, nnx.LinearGeneral):
+        return general_layer(path, layer, layer.batch_axis)
     return conv_layer(path, layer) if isinstance(layer, nnx.Conv) else None
 
 

@@ -156,20 +156,22 @@ def accuracy(
 
 
 def tapped_logits(model: Any, variables: Any) -> jax.tree_util.Partial:
-    """Returns `apply(params, images, tap=no_tap) -> logits`, a function of `params` alone.
+    """Returns `apply(params, inputs, tap=no_tap) -> logits`, a function of `params` alone.
 
     It is the network in evaluation mode, which hands each dense layer and convolution to `tap` on
-    the way, for `curvature.ekfac` and `curvature.kfac`; without a tap it is what
-    `curvature.gauss_newton` takes. It is a pytree that holds the other collections, such as
-    BatchNorm's averages; those of equal networks are compiled once.
+    the way (`nn.Dense`, `DenseGeneral`, `Conv`; `nnx.Linear`, `LinearGeneral`, `Conv`), for
+    `curvature.ekfac` and `curvature.kfac`; without a tap it is what `curvature.gauss_newton` takes.
+    It is a pytree that holds the other collections, such as BatchNorm's averages; those of equal
+    networks are compiled once.
 
     Args:
       model: a `Network`, or what `as_network` takes; of Linen or NNX modules.
       variables: its variables.
 
     Returns:
-      A function of `params`, shaped like `variables["params"]`, and images, float [B, H, W, C] in
-      [0, 1].
+      A function of `params`, shaped like `variables["params"]`, and inputs: images, float
+      [B, H, W, C] in [0, 1], or whatever the model takes, such as tokens [B, T]. Logits are
+      [B, ..., K].
     """
     network = as_network(model).without_variables()
     rest = {name: variables[name] for name in variables if name != "params"}

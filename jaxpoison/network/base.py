@@ -152,17 +152,21 @@ class Network(abc.ABC):
     def tapped_logits(self, variables: Variables, images: jax.Array, tap: layers.Tap) -> jax.Array:
         """Returns the logits in evaluation mode, with `tap` called by each linear layer.
 
-        Those are dense layers and convolutions (without groups, or a padding that depends on the
-        values), by the paths of their weights in `params`; see `core.layers`. What `tap` returns
-        takes the place of the layer's output. `tapped_logits`, the function, is how it is used.
+        Those are dense layers, those of attention among them, and convolutions (without groups, or
+        a padding that depends on the values), by the paths of their weights in `params`; see
+        `core.layers`. What `tap` returns takes the place of the layer's output. `tapped_logits`,
+        the function, is how it is used.
 
         Args:
           variables: of the network.
-          images: float [B, H, W, C] in [0, 1].
+          images: float [B, H, W, C] in [0, 1], or tokens [B, T] of a language model.
           tap: `tap(layer, inputs, output) -> output`.
 
+        Returns:
+          float32 [B, K], or [B, T, K].
+
         Raises:
-          ValueError: if the network has no layers.
+          ValueError: if the network has no layers, or does not return one array of logits.
         """
         raise ValueError(
             f"{type(self).__name__} has no layers to tap: write the function so that it calls tap "
@@ -194,12 +198,21 @@ def as_float32(array: Any) -> jax.Array:
 
 def check_logits(name: str, output: Any) -> jax.Array:
     """Returns `output` in float32 if it is an array [B, K]."""
-    if not isinstance(output, jax.Array) or output.ndim != 2:
+    return _checked(name, output, fits=lambda ndim: ndim == 2, expected="[B, K]")
+
+
+def check_outputs(name: str, output: Any) -> jax.Array:
+    """Returns `output` in float32 if it is an array [B, ..., K]."""
+    return _checked(name, output, fits=lambda ndim: ndim >= 2, expected="[B, ..., K]")
+
+
+def _checked(name, output, *, fits, expected):
+    if not isinstance(output, jax.Array) or not fits(output.ndim):
         found = (
             f"shape {output.shape}" if hasattr(output, "shape") else f"a {type(output).__name__}"
         )
         raise ValueError(
-            f"{name} returned {found} for a batch of images; expected logits, an array [B, K]: "
+            f"{name} returned {found} for a batch of images; expected logits, an array {expected}: "
             "wrap the model so that it returns its logits alone"
         )
     return as_float32(output)

@@ -44,10 +44,11 @@ def program(folder: Path | None = None) -> Iterator[None]:
             stream.reconfigure(errors="replace")  # type: ignore[attr-defined]
     # Where Orbax logs its tracebacks; that of a full disk is one line below.
     logging.getLogger("absl").addFilter(_not_about_a_full_disk)
+    ignored, sys.unraisablehook = sys.unraisablehook, _not_interrupted(sys.unraisablehook)
     try:
         yield
     except KeyboardInterrupt:
-        _leave("stopped; the same command continues", INTERRUPTED)
+        _stop()
     except Exception as error:
         if isinstance(error, DiskFullError):
             _leave(f"error: {error}", 1)
@@ -56,6 +57,8 @@ def program(folder: Path | None = None) -> Iterator[None]:
         if isinstance(error, ValueError | OSError | ImportError | RuntimeError):
             sys.exit(f"error: {error}")
         raise
+    finally:
+        sys.unraisablehook = ignored
 
 
 def disk_is_full(error: BaseException | None) -> bool:
@@ -136,6 +139,21 @@ def _size(num_bytes):
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"
     return f"{num_bytes / 1e3:.0f} kB"
+
+
+def _not_interrupted(hook):
+    """Returns `hook`, but for Ctrl-C where Python ignores errors: in finalizers and callbacks."""
+
+    def look(unraisable):
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            _stop()
+        hook(unraisable)
+
+    return look
+
+
+def _stop():
+    _leave("stopped; the same command continues", INTERRUPTED)
 
 
 def _leave(line, status):
