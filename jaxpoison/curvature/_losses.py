@@ -56,9 +56,9 @@ def _checked(logits, labels):
             f"labels must be int {shape}, one for each row of logits {jnp.shape(logits)}, got "
             f"{jnp.result_type(labels)} {jnp.shape(labels)}"
         )
-    known = not isinstance(labels, core.Tracer)
-    known &= getattr(labels, "is_fully_addressable", True)
-    if known and np.size(labels) and (largest := int(np.max(labels))) >= num_classes:
+    if isinstance(labels, core.Tracer) or not getattr(labels, "is_fully_addressable", True):
+        return jnp.asarray(labels)
+    if np.size(labels) and (largest := int(np.max(labels))) >= num_classes:
         raise ValueError(
             f"labels go up to {largest}, but logits {jnp.shape(logits)} have {num_classes} "
             f"classes, 0 to {num_classes - 1}; a position to leave out has a negative label"
