@@ -25,9 +25,9 @@ def planted(count=40, threat="flip"):
     return Planted(None, rows, np.array([threat] * count))
 
 
-def normal(seed, high=(), shift=6.0):
-    """Returns scores [NUM] of which the rows `high` are shifted."""
-    values = np.random.default_rng(seed).standard_normal(NUM)
+def normal(seed, high=(), shift=6.0, num=NUM):
+    """Returns scores [num] of which the rows `high` are shifted."""
+    values = np.random.default_rng(seed).standard_normal(num)
     values[list(high)] += shift
     return 1 / (1 + np.exp(-values))
 
@@ -169,6 +169,32 @@ def test_clean_data_stay_clean():
     assert result.flagged.sum() <= 1
     assert result.others_flagged < 2
     assert result.found >= 36
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        *(("label", count) for count in (40, 17, 14, 8)),
+        *(("poison", count) for count in (40, 23, 17, 14, 9, 8)),
+    ],
+)
+def test_power_is_measured_with_as_few_canaries_as_a_model_needs(kind, count):
+    """Half of 14 canaries are too few for a model, which is no reason to say that none is found."""
+    faulty, labels = range(300, 320), np.arange(400) // 100
+    threat = {"label": "flip", "poison": "patch"}[kind]
+    copy = planted(count, threat)._replace(evidence=types.SimpleNamespace(labels=labels))
+    (result,) = power.families(
+        (check("good", (threat,), kind),),
+        {"good": scored(normal(0, faulty, num=400))},
+        {"good": scored(normal(2, [*faulty, *copy.rows], num=400))},
+        copy,
+        labels=labels,
+    )
+    # With 8 there is no model for the data either: then nothing is found, and power says so.
+    wanted = count if count > 8 else 0
+    assert (result.planted, result.found) == (count, pytest.approx(wanted, abs=0.15 * count))
+    if kind == "poison":
+        assert (result.flagged[list(faulty)].mean() > 0.5) == (wanted > 0)
 
 
 def test_where_no_check_finds_canaries_nothing_is_flagged_and_the_power_is_zero():

@@ -34,6 +34,8 @@ BEYOND = 0.8
 A patch that shows less than planted ones do does not look like them and stands out all the same.
 Poisons in several classes do not stand out from each other and may look like canaries."""
 
+_LEAST_HALF = 12  # canaries
+
 Found = Mapping[str, Scores | NotRun]
 
 
@@ -204,7 +206,7 @@ def _families(threats, checks, found, in_copy, planted, labels, known):
     p = q = np.ones(data.shape[1])
     shares = [0.0] * len(threats)
     say = _with_a_say([copy[:, rows] for rows in canaries], among)
-    enough = [k for k, rows in enumerate(canaries) if len(rows) >= calibrate.LEAST]
+    enough = [k for k, rows in enumerate(canaries) if len(rows) > calibrate.LEAST]
     if enough and say:
         samples = [copy[say][:, canaries[k]] for k in enough]
         model = calibrate.fit(data[say], samples, among[say], known)
@@ -317,8 +319,10 @@ def _power(copy, canaries, others, of_classes):
 
     Nothing is judged by a threshold that it helped to set: each half of the canaries by models of
     the other half, and each half of the other images by the model of their other half (a half-split
-    null). For poisons the null is other classes, without what was found in the data. Models
-    take it that there are such faults: in the copy there are.
+    null). Where half of the canaries are too few for that the parts are smaller, and a canary
+    counts as found among those of all parts: in its own alone, no p-value would be small enough.
+    For poisons the null is other classes, without what was found in the data. Models take it that
+    there are such faults: in the copy there are.
 
     Args:
       copy: scores [J, N].
@@ -328,29 +332,63 @@ def _power(copy, canaries, others, of_classes):
     """
     found, flagged = np.zeros(len(canaries), int), []
     is_honest = np.full(len(others), True) if of_classes is None else ~of_classes[1][others]
-    for half in range(2):
-        fitted = [rows[half::2] for rows in canaries if len(rows[half::2]) >= calibrate.LEAST]
-        there = np.ones(len(fitted), bool)
-        judged = [rows[1 - half :: 2] for rows in canaries]
-        say = _with_a_say([copy[:, rows] for rows in fitted], copy[:, others])
-        if not say:
-            flagged.append(0.0)
-            continue
-        samples = [copy[say][:, rows] for rows in fitted]
-        p = np.empty(copy.shape[1])
-        rows = np.concatenate([*judged, others])
-        if of_classes is not None:
-            model = calibrate.fit(copy[say][:, others], samples, there=there)
-            labels, faults = (x[rows] for x in of_classes)
-            p[rows] = _of_poisons(model, copy[say][:, rows], labels, faults)
-        else:
-            for part in range(2):
-                among = copy[say][:, others[part::2]]
-                model = calibrate.fit(among, samples, there=there)
-                some = np.concatenate([*(x[1 - part :: 2] for x in judged), others[1 - part :: 2]])
-                p[some] = calibrate.p_values(model, copy[say][:, some])
-        q = calibrate.benjamini_hochberg(p[rows])
-        *of_threats, rest = np.split(q <= RATE, np.cumsum([len(x) for x in judged]))
+    num_parts = _num_parts([len(rows) for rows in canaries])
+    parts = [
+        _judged(copy, canaries, others, of_classes, part, num_parts) for part in range(num_parts)
+    ]
+    for part, (p_of_threats, p_of_others) in enumerate(parts):
+        p = [*p_of_threats, p_of_others]
+        if num_parts > 2:
+            p += [x for k, (of_threats, _) in enumerate(parts) if k != part for x in of_threats]
+        is_found = calibrate.benjamini_hochberg(np.concatenate(p)) <= RATE
+        *of_threats, rest = np.split(is_found, np.cumsum([len(x) for x in p[:-1]]))[
+            : len(found) + 1
+        ]
         found += [np.count_nonzero(each) for each in of_threats]
         flagged.append(1000 * float(np.mean(rest[is_honest])))
     return [int(n) for n in found], float(np.mean(flagged))
+
+
+def _judged(copy, canaries, others, of_classes, part, num_parts):
+    """Returns p-values of a part of each threat's canaries, by models of the rest, and of others.
+
+    Args:
+      copy, canaries, others, of_classes: see `_power`.
+      part, num_parts: which part, of how many.
+    """
+    judged = [rows[part::num_parts] for rows in canaries]
+    fitted = [np.setdiff1d(*pair) for pair in zip(canaries, judged, strict=True)]
+    fitted = [rows for rows in fitted if len(rows) >= calibrate.LEAST]
+    there = np.ones(len(fitted), bool)
+    say = _with_a_say([copy[:, rows] for rows in fitted], copy[:, others])
+    samples = [copy[say][:, rows] for rows in fitted]
+    rows, p = np.concatenate([*judged, others]), np.ones(copy.shape[1])
+    if say and of_classes is not None:
+        model = calibrate.fit(copy[say][:, others], samples, there=there)
+        labels, faults = (x[rows] for x in of_classes)
+        p[rows] = _of_poisons(model, copy[say][:, rows], labels, faults)
+    elif say:
+        splits = min(num_parts, 4)
+        for k in range(splits):
+            left_out = others[k::splits]
+            model = calibrate.fit(
+                copy[say][:, np.setdiff1d(others, left_out)], samples, there=there
+            )
+            some = np.concatenate([*(rows[k::splits] for rows in judged), left_out])
+            p[some] = calibrate.p_values(model, copy[say][:, some])
+    return [p[rows] for rows in judged], p[others]
+
+
+def _num_parts(sizes):
+    """Returns into how few parts canaries are cut: halves of `_LEAST_HALF`, or what models need."""
+
+    def enough(parts, size):
+        rest = size - -(-size // parts)
+        return rest >= (_LEAST_HALF if parts == 2 else calibrate.LEAST)
+
+    needed = [
+        next(parts for parts in (2, 4, 8, size) if enough(parts, size))
+        for size in sizes
+        if size > calibrate.LEAST
+    ]
+    return max(needed, default=2)
