@@ -334,7 +334,8 @@ def rankings(config: TextConfig, engine: Engine) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for index, (topic, rows) in enumerate(model.groups.items()):
         influences = {name: engine.scores(rows, name)[0] for name in ("gradients", "ekfac")}
-        asked = words.transform([model.text.passage(row) for row in rows]).mean(axis=0)
+        found_words: Any = words.transform([model.text.passage(row) for row in rows])
+        asked = found_words.mean(axis=0)
         keys = influences | {
             "tfidf": -np.asarray(vectors @ np.asarray(asked).T)[:, 0],
             "random": np.random.default_rng(index).random(len(model.train)),
@@ -462,7 +463,9 @@ def experiment(config: TextConfig) -> None:
                 output.finish(name, runs.attempt(make))
             else:
                 work.done += config.epochs
-            return output.finished(name)
+            row = output.finished(name)
+            assert row is not None
+            return row
 
         def retrained(rows, seed, name):
             return cell(

@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 from jaxpoison.core import batches, taps, trees
 from jaxpoison.core.batches import Batch
 from jaxpoison.core.checks import check_count, check_no_nan, shortened
-from jaxpoison.core.kronecker import KroneckerFactors, LayerBlock
+from jaxpoison.core.kronecker import LayerBlock
 from jaxpoison.core.layers import TappedFn, no_tap
 from jaxpoison.core.trees import Params
 
@@ -32,7 +32,7 @@ def project_layers(
     *,
     rank: int,
     key: jax.Array | None = None,
-    factors: KroneckerFactors | None = None,
+    factors: Any = None,
     chunk_size: int | None = None,
 ) -> jax.Array:
     """Returns the projected gradients of the linear layers, float32 `[N, sum of k_in k_out]`.
