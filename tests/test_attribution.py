@@ -290,6 +290,8 @@ def test_projections_of_layers_are_refused_without_what_they_need():
         project_layers(NETWORK.train, rank=2, factors=other)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         project_layers(NETWORK.train, rank=0, factors=factors)
+    with pytest.raises(TypeError, match=r"factors must be those of curvature.kfac or .* got 3"):
+        project_layers(NETWORK.train, rank=2, factors=3)
     with pytest.raises(TypeError, match="output_loss must be a function, got 3"):
         attribution.project_layers(
             two_layers, 3, NETWORK.params, NETWORK.train, rank=2, factors=factors

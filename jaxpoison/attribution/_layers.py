@@ -2,7 +2,7 @@
 
     phi_il = P^T (sum_t a_t g_t^T) Q = sum_t (P^T a_t) (Q^T g_t)^T,    [k, k] for each layer l
 
-LoGra, Choe et al. 2024 (arXiv:2405.13954), equation 4: a_t are the rows that the layer's kernel
+LoGra, Choe et al. 2024 (arXiv:2405.13954): a_t are the rows that the layer's kernel
 multiplies, g_t the gradients to its outputs. Neither a gradient to a kernel nor a projection of
 the size of one is ever made.
 """
@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 from jaxpoison.core import batches, taps, trees
 from jaxpoison.core.batches import Batch
 from jaxpoison.core.checks import check_count, check_no_nan, shortened
-from jaxpoison.core.kronecker import LayerBlock
+from jaxpoison.core.kronecker import KroneckerFactors, LayerBlock
 from jaxpoison.core.layers import TappedFn, no_tap
 from jaxpoison.core.trees import Params
 
@@ -35,12 +35,12 @@ def project_layers(
     factors: Any = None,
     chunk_size: int | None = None,
 ) -> jax.Array:
-    """Returns the projected gradients of the linear layers, float32 `[N, sum of k_in k_out]`.
+    """Returns the projected gradients of the linear layers, `[N, sum of k_in k_out]`.
 
-    k_in is `rank`, or the rows of a kernel and its bias where there are fewer; k_out likewise for
-    its columns. The cost is a forward and a backward pass for each example, without gradients to
-    kernels. Leaves outside of layers take no part. `projected_scores` and `Store.query` make
-    scores of them, as of those of `project_gradients`.
+    In at least float32. k_in is `rank`, or the rows of a kernel and its bias where there are fewer;
+    k_out likewise for its columns. The cost is a forward and a backward pass for each example,
+    without gradients to kernels. Leaves outside of layers take no part. `projected_scores` and
+    `Store.query` make scores of them, as of those of `project_gradients`.
 
     Args:
       tapped: `tapped(params, inputs, tap) -> outputs[B, ...]`, as for `curvature.ekfac`, e.g. from
@@ -58,6 +58,7 @@ def project_layers(
     Raises:
       ValueError: without key and factors, or with both; for a function that taps no layer;
         factors of other layers; losses that depend on other examples.
+      TypeError: for functions or factors that are none.
     """
     check_count(rank=rank)
     if (key is None) == (factors is None):
@@ -68,6 +69,11 @@ def project_layers(
     for name, value in (("tapped", tapped), ("output_loss", output_loss)):
         if not callable(value):
             raise TypeError(f"{name} must be a function, got {shortened(repr(value))}")
+    if factors is not None and not isinstance(factors, KroneckerFactors):
+        raise TypeError(
+            "factors must be those of curvature.kfac or curvature.ekfac, got "
+            f"{shortened(repr(factors))}"
+        )
     check_no_nan(params=params, batch=batch)
 
     def losses(params, batch):
@@ -86,7 +92,7 @@ def project_layers(
         x, y = jax.tree.map(lambda leaf: leaf[None], example)
         outputs, pull, rows = taps.seen(tapped, params, {}, calls, x)
         cotangent = jax.grad(lambda f: batches.losses_per_example(Partial(output_loss), f, y)[0])
-        to_outputs, _ = pull(cotangent(outputs))
+        to_outputs = trees.at_least_float32(pull(cotangent(outputs))[0])
         flat = [g.reshape(-1, call.width) for call, g in zip(calls, to_outputs, strict=True)]
         layers = zip(
             sides, taps.by_layer(calls, rows, 0), taps.by_layer(calls, flat, 0), strict=True
