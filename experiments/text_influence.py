@@ -9,9 +9,9 @@ A transformer (Flax NNX) learns Python's own documentation, `pydoc_data.topics`,
 which comes with every Python: passages of 128 characters, of which every fifth
 is held out. For the held-out passages of one topic at a time the training
 passages are ranked by influence through the whole network (EK-FAC), by products
-of gradients, by shared words (TF-IDF) and at random. Then the network is trained
-again without the first of each ranking, and the loss on the topic's held-out
-passages is compared. The same command in the same --run-dir continues.
+of gradients, by shared words (TF-IDF) and at random. Then the network is
+trained again without the first of each ranking, and the loss on the topic's
+held-out passages is compared. The same command in the same --run-dir continues.
 
 Writes result.json, table.md, passages.md (what was found for a passage) and
 passages.png: the characters of the first passages found, by what a change of

@@ -49,7 +49,7 @@ def test_ihvp(tmp_path):
     precise = by_work(result, "CG to 0.01, last layer")[-1]
     assert precise["residual"] < 2e-5
     assert [row["items_per_second"] * row["seconds"] for row in by_work(result, "LiSSA")] == (
-        pytest.approx([20] * 4)
+        pytest.approx([100] * 4)
     )
 
 
