@@ -8,6 +8,7 @@ matrix product.
 """
 
 import argparse
+import functools
 from unittest import mock
 
 import jax
@@ -37,7 +38,9 @@ XLA = convolution._xla_value, convolution._xla_image_gradient, convolution._xla_
 PATCHES = (
     convolution._value_of_patches,
     convolution._image_gradient_of_patches,
-    convolution._kernel_gradient_of_patches,
+    functools.partial(
+        convolution._kernel_gradient_of_patches, contract=convolution._contract_on_cpu
+    ),
 )
 CHOSEN = convolution._value, convolution._image_gradient, convolution._kernel_gradient
 

@@ -4,8 +4,9 @@ A convolution y = x * k of images [B,H,W,C] with a kernel [h,w,C,F] is bilinear,
 transposes: to the image, and to the kernel. Each of the three is a JAX primitive here whose
 derivatives are the other two, so that products of any order, forward and reverse, come out as the
 same three operations. How each is computed on CPU is chosen from its shape in `_value`,
-`_image_gradient` and `_kernel_gradient`. On accelerators, and in programs that XLA partitions over
-several devices, they are `jax.lax.conv_general_dilated` and its transposes.
+`_image_gradient` and `_kernel_gradient`. On accelerators they are `jax.lax.conv_general_dilated`
+and its transposes. So they are in programs that XLA partitions over several CPU devices, but for
+the gradient to the kernel, which is a product there as well.
 
 XLA's CPU backend alone is up to 9 times off the limit that its matrix product sets, and another 10
 to 30 times inside a loop. What serves instead:
@@ -141,20 +142,28 @@ def _image_gradient(g, k, window):
 
 def _kernel_gradient(x, g, window):
     (height, width), channels, features = window.kernel, x.shape[3], g.shape[3]
-    if window.strides != (1, 1) or window.kernel == (1, 1) or channels <= 3:
-        form, positions = _kernel_gradient_of_patches, math.prod(window.output)
+    form = _kernel_gradient_form(window, channels)
+    if form is _kernel_gradient_of_patches:
         rows, columns = features, height * width * channels
-        copied = positions * columns
+        copied = math.prod(window.output) * columns
     else:
-        form, positions = _kernel_gradient_of_rows, window.image[0] * window.output[1]
         rows, columns = height * features, width * channels
-        copied = positions * (rows + columns)
+        copied = window.image[0] * window.output[1] * (rows + columns)
     large = rows * columns >= _LARGE_PRODUCT
     most = _COPIED_BY_LARGE if large else _COPIED_AT_ONCE
     chunk = max(1, most // (copied * x.dtype.itemsize))
-    if chunk >= x.shape[0]:
-        return form(x, g, window)
-    return _sum_over_chunks(lambda x, g: form(x, g, window), chunk, x, g)
+    product = functools.partial(form, window=window, contract=_contract_on_cpu)
+    return product(x, g) if chunk >= x.shape[0] else _sum_over_chunks(product, chunk, x, g)
+
+
+def _kernel_gradient_in_parts(x, g, window):
+    """Returns it in a program that XLA partitions, where its own form is slow in loops as well."""
+    return _kernel_gradient_form(window, x.shape[3])(x, g, window, _contract)
+
+
+def _kernel_gradient_form(window, channels):
+    few = window.strides != (1, 1) or window.kernel == (1, 1) or channels <= 3
+    return _kernel_gradient_of_patches if few else _kernel_gradient_of_rows
 
 
 def _few_patches(window, channels):
@@ -211,15 +220,15 @@ def _image_gradient_of_patches(g, k, window):
     return _transpose_to_image(_value_of_patches, g, k, window)
 
 
-def _kernel_gradient_of_patches(x, g, window):
+def _kernel_gradient_of_patches(x, g, window, contract):
     channels, features = x.shape[3], g.shape[3]
     patches = _patches(x, window).reshape(-1, math.prod(window.kernel) * channels)
     # (outputs^T patches) takes two thirds of the time of (patches^T outputs).
-    product = _contract(g.reshape(-1, features), patches)
+    product = contract(g.reshape(-1, features), patches)
     return product.T.reshape(*window.kernel, channels, features)
 
 
-def _kernel_gradient_of_rows(x, g, window):
+def _kernel_gradient_of_rows(x, g, window, contract):
     (height, width), channels, features = window.kernel, x.shape[3], g.shape[3]
     (top, _), sides = window.padding
     (rows, columns), num_rows = window.output, x.shape[1]
@@ -230,7 +239,7 @@ def _kernel_gradient_of_rows(x, g, window):
     g = jnp.concatenate(
         [g[:, height - 1 - i : height - 1 - i + num_rows] for i in range(height)], axis=-1
     )
-    product = _contract(g.reshape(-1, height * features), x.reshape(-1, width * channels))
+    product = contract(g.reshape(-1, height * features), x.reshape(-1, width * channels))
     return product.reshape(height, features, width, channels).transpose(0, 2, 3, 1)
 
 
@@ -258,8 +267,12 @@ def _pad(x, rows, columns):
 
 def _contract(a, b):
     """Returns a^T b of [K,M] and [K,N]."""
+    return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
+
+
+def _contract_on_cpu(a, b):
     if a.shape[1] * b.shape[1] >= _LARGE_PRODUCT or not library_serves(a):
-        return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
+        return _contract(a, b)
     return _library_product(a, b)
 
 
@@ -365,12 +378,13 @@ def _kernel_shape(x, g, window):
     return (*window.kernel, x.shape[3], g.shape[3])
 
 
-def _primitive(name, shape, on_cpu, elsewhere, batched, axes):
+def _primitive(name, shape, on_cpu, in_parts, elsewhere, batched, axes):
     """Returns the primitive of a map.
 
     Args:
       shape: the map's shape rule.
       on_cpu: how one device's CPU computes it.
+      in_parts: how CPU devices do among which XLA partitions the program.
       elsewhere: how everything else does.
       batched: form in plain JAX for many pairs of operands at once.
       axes: of the first operand, the second and the result: for an operand with an axis of its own
@@ -395,7 +409,7 @@ def _primitive(name, shape, on_cpu, elsewhere, batched, axes):
         return lower
 
     def lower_on_cpu(ctx, a, b, *, window):
-        fn = on_cpu if on_one_device(ctx.module_context.axis_context) else elsewhere
+        fn = on_cpu if on_one_device(ctx.module_context.axis_context) else in_parts
         return lower_plainly(fn)(ctx, a, b, window=window)
 
     def batch(operands, dims, *, window):
@@ -443,16 +457,17 @@ def _unfold(x, axis, count):
 _BATCH, _IN, _OUT = 0, 2, 3  # axes of images and outputs (channels: 3), and of kernels
 
 _value_p = _primitive(
-    "convolution", _value_shape, _value, _xla_value, _value_of_patches,
+    "convolution", _value_shape, _value, _xla_value, _xla_value, _value_of_patches,
     axes=((_BATCH, _BATCH), (_OUT, 3)),
 )  # fmt: skip
 _image_gradient_p = _primitive(
     "convolution_to_image", _image_shape, _image_gradient, _xla_image_gradient,
-    _image_gradient_of_patches, axes=((_BATCH, _BATCH), (_IN, 3)),
+    _xla_image_gradient, _image_gradient_of_patches, axes=((_BATCH, _BATCH), (_IN, 3)),
 )  # fmt: skip
 _kernel_gradient_p = _primitive(
-    "convolution_to_kernel", _kernel_shape, _kernel_gradient, _xla_kernel_gradient,
-    _kernel_gradient_of_patches, axes=((3, _IN), (3, _OUT)),
+    "convolution_to_kernel", _kernel_shape, _kernel_gradient, _kernel_gradient_in_parts,
+    _xla_kernel_gradient, functools.partial(_kernel_gradient_of_patches, contract=_contract),
+    axes=((3, _IN), (3, _OUT)),
 )  # fmt: skip
 
 # Each is linear in both operands; what remains when one of them is transposed are the others.
