@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chromium
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,22 @@ def test_pages_of_experiments_show_committed_results(site):
     page = (site / "experiments" / "untargeted.html").read_text()
     assert "69.18 ± 4.59" in page and "{committed}" not in page
     assert list((site / "_images").glob("accuracy*.png"))
+
+
+@pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium found: apt-get install chromium")
+def test_pages_fit_a_phone_and_log_no_errors(site, tmp_path):
+    width, wide = 360, {}
+    with chromium.Chromium(tmp_path / "profile") as browser:
+        for path in sorted((*site.glob("*.html"), site / "api" / "influence.html")):
+            page = browser.open(path, width=width)
+            full = page.evaluate("document.documentElement.scrollWidth")
+            if page.errors or full > width:
+                wide[path.name] = full, page.errors
+            page.close()
+        page = browser.open(site / "index.html", width=width)
+        page.evaluate("document.querySelector('article').style.minWidth = '500px'")
+        assert page.evaluate("document.documentElement.scrollWidth") >= 500  # it would be seen
+    assert not wide
 
 
 def public(module):
