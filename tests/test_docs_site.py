@@ -45,19 +45,27 @@ def test_pages_of_experiments_show_committed_results(site):
     assert list((site / "_images").glob("accuracy*.png"))
 
 
+# Furo hides what is too wide for the page, so its width is that of the screen all the same.
+WIDEST = """Math.max(...[...document.querySelectorAll('article *')]
+    .filter(element => !element.parentElement.closest('pre, .table-wrapper'))
+    .map(element => element.getBoundingClientRect().right))"""
+
+
 @pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium found: apt-get install chromium")
 def test_pages_fit_a_phone_and_log_no_errors(site, tmp_path):
     width, wide = 360, {}
     with chromium.Chromium(tmp_path / "profile") as browser:
         for path in sorted((*site.glob("*.html"), site / "api" / "influence.html")):
+            if path.stem == "search":
+                continue  # empty until something is searched
             page = browser.open(path, width=width)
-            full = page.evaluate("document.documentElement.scrollWidth")
-            if page.errors or full > width:
-                wide[path.name] = full, page.errors
+            right = page.evaluate(WIDEST)
+            if page.errors or right > width:
+                wide[path.name] = right, page.errors
             page.close()
         page = browser.open(site / "index.html", width=width)
         page.evaluate("document.querySelector('article').style.minWidth = '500px'")
-        assert page.evaluate("document.documentElement.scrollWidth") >= 500  # it would be seen
+        assert page.evaluate(WIDEST) > width  # it would be seen
     assert not wide
 
 
