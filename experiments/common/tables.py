@@ -296,14 +296,85 @@ def trusted_place(row: dict[str, Any]) -> tuple:
     )
 
 
+def mixed(result: dict[str, Any]) -> Table:
+    """Returns what each threat alone, and all at once, do to networks under each defense."""
+    rows, config = trained(result["rows"]), result["config"]
+    lines = []
+    for drops, defense in dict.fromkeys((row["drops"], row["defense"]) for row in rows):
+        own = [row for row in rows if (row["drops"], row["defense"]) == (drops, defense)]
+        cells = [
+            mixed_cell([row for row in own if row["threats"] == name], name)
+            for name in ("clean", *MIXED_THREATS, "all")
+        ]
+        lines.append([mixed_label(drops, defense), *cells])
+    return Table(
+        "Accuracy (%) of networks trained on clean data, and with each threat. Backdoor: triggered "
+        "test images that are taken for its class, / accuracy. Targeted: targets that are taken "
+        "for the class they were meant for, / accuracy. All at once: accuracy; triggers; targets. "
+        "By chance, on clean data without a defense: "
+        f"{_chance(rows)}. {BACKDOORS[config['backdoor']].label} on "
+        f"{100 * config['backdoor_share']:g}% of the images, {100 * config['flip_share']:g}% "
+        f"flipped labels, {config['num_poisons']} poisons for each of {config['num_targets']} "
+        "targets; untargeted poisons are on all images or, where all threats meet, on all that "
+        f"carry no trigger and no target's poison. {_setting(result)}",
+        ["defense", "clean", *MIXED_THREATS, "all at once"],
+        lines,
+    )
+
+
+MIXED_THREATS = ("untargeted", "flips", "backdoor", "targeted")
+
+
+def mixed_label(drops: str, defense: str) -> str:
+    """Returns what a filter, a defense or both are called."""
+    if not drops:
+        return label(defense)
+    return label(drops) if defense == "none" else f"{label(drops)}, then {label(defense)}"
+
+
+def mixed_cell(group: Rows, threats: str) -> str:
+    """Returns what networks trained on one set do, in percent."""
+    if not group:
+        return NOT_RUN
+    right, triggers, targets = accuracy(group), _triggers(group), _targets(group)
+    return {
+        "backdoor": f"{triggers} / {right}",
+        "targeted": f"{targets} / {right}",
+        "all": f"{right}; {triggers}; {targets}",
+    }.get(threats, right)
+
+
+def _chance(rows):
+    own = [r for r in rows if (r["threats"], r["drops"], r["defense"]) == ("clean", "", "none")]
+    return f"{_triggers(own)}% of triggers and {_targets(own)} targets" if own else NOT_RUN
+
+
+def _triggers(group):
+    return f"{statistics.mean(100 * row['successes'] / row['num_triggered'] for row in group):.1f}"
+
+
+def _targets(group):
+    taken, of = (sum(row[name] for row in group) for name in ("taken", "num_targets"))
+    return f"{taken} of {of}"
+
+
+def mixed_place(row: dict[str, Any]) -> tuple:
+    """Returns a key by which rows of mixed threats are in order: defense, set, seed."""
+    names, kinds = list(ROWS), ["clean", *MIXED_THREATS, "all"]
+    drops = names.index(row["drops"]) if row["drops"] else -1
+    return (drops, names.index(row["defense"]), kinds.index(row["threats"]), row["seed"])
+
+
 # The kinds of `transfer_filter.py` and `pretrain.py`, which write their own tables.
 TRANSFER, PRETRAINING, BACKDOOR, TRUSTED = "transfer", "pretraining", "backdoor", "trusted"
+MIXED = "mixed"
 TABLES = {
     "untargeted": (table_II, controls, table_IV),
     "targeted": (table_III,),
     "cost": (table_V,),
     BACKDOOR: (backdoors,),
     TRUSTED: (trusted,),
+    MIXED: (mixed,),
 }
 """The tables to make of a results file, by its `kind`."""
 
