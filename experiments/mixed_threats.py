@@ -2,7 +2,7 @@
 targeted poisons, each alone and all in one training set, and the defense that
 holds against all of them.
 
-  python experiments/mixed_threats.py --preset mnist-laptop # embedded MNIST, CPU
+  python experiments/mixed_threats.py --preset mnist-laptop  # embedded MNIST
   python experiments/mixed_threats.py --preset quick
 
 Every network is judged by all that the attackers want: accuracy, the share of

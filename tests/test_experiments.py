@@ -9,16 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import backdoor as backdoor_grid
 import cifar_hint
+import mixed_threats
 import mnist_hint
 import numpy as np
 import pytest
 import transfer_filter
 import trusted_set
 import untargeted
-from common import backdoor, cli, predictions, registry, sources, study, trusted
+from common import backdoor, cli, mixed, predictions, registry, sources, study, trusted
 from programs import ROOT, environment, refusal, run_script, script_command, squeezed
 
 from jaxpoison import attacks
@@ -235,6 +237,7 @@ def test_flags_of_inner_settings_are_named_and_presets_pass():
         transfer_filter.PRESETS,
         backdoor_grid.PRESETS,
         trusted_set.PRESETS,
+        mixed_threats.PRESETS,
     ):
         for preset in presets.values():
             cli.check_flags(preset)
@@ -341,6 +344,80 @@ def test_trusted_sets_in_small(tmp_path):
     assert "| 20 | 10 |" in table
     again = run("trusted_set.py", tmp_path / "run", *flags)
     assert again.returncode == 0 and ": epoch" not in again.stdout
+
+
+def test_mixed_threats_in_small(tmp_path):
+    flags = ("--preset", "quick", "--train-examples", "256", "--test-examples", "100")
+    flags += ("--recipe.batch-size", "64", "--recipe.epochs", "2", "--trusted-examples", "64")
+    flags += ("--attacks", "durp", "--num-poisons", "4", "--gm.num-steps", "2")
+    flags += ("--defenses", "recommended", "activation", "spectral+recommended")
+    done = run("mixed_threats.py", tmp_path / "run", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    rows = result["rows"]
+    cells = [(row["threats"], row["drops"], row["defense"]) for row in rows]
+    num_triggered = np.sum(sources.load(mixed_threats.QUICK, 0).test.labels[:100] != 0)
+    both = ("", "none"), ("", "recommended"), ("spectral", "recommended"), ("activation", "none")
+    kinds = ("clean", *mixed.THREATS, "all")
+    assert cells == [(threats, *one) for one in both for threats in kinds]
+    for row in rows:
+        assert 0 <= row["taken"] <= row["num_targets"] == 2
+        assert 0 <= row["successes"] <= row["num_triggered"] == num_triggered
+        assert bool(row["drops"]) == ("found" in row) == (row["num_train"] < 256)
+        if row["threats"] == "all" and row["drops"]:
+            assert list(row["found"]) == list(mixed.THREATS)
+    table = squeezed((tmp_path / "run" / "table.md").read_text())
+    assert "| spectral signatures, then recommended |" in table and "| all at once |" in table
+
+    config = dataclasses.replace(mixed_threats.QUICK, train_examples=256, trusted_examples=64)
+    folder = SimpleNamespace(folder=tmp_path / "run")
+    work = SimpleNamespace(config=config, output=folder, model=sources.build_model(config))
+    clean = sources.load(config, 0).train
+    every, where = mixed.composed(work, 0, "all")
+    counts = {name: rows.sum() for name, rows in where.items()}
+    assert counts == {"untargeted": 256, "flips": 26, "backdoor": 13, "targeted": 8}
+    own = sum(where[name].astype(int) for name in ("flips", "backdoor", "targeted"))
+    assert own.max() == 1  # disjoint
+    assert set(clean.labels[where["targeted"]]) == {
+        base
+        for _, base in attacks.load(folder.folder / "poisons/seed0-targeted.npz").config["targets"]
+    }
+    wrong = every.labels != clean.labels
+    np.testing.assert_array_equal(wrong, where["flips"] | where["backdoor"])
+    assert (every.labels[where["backdoor"]] == config.target_class).all()
+    for threats in kinds:
+        one, its = mixed.composed(work, 0, threats)
+        touched = np.any(one.images != clean.images, axis=(1, 2, 3))
+        for name, rows in its.items():
+            # In a set with all threats each image is that of the set where its threat is alone.
+            alone = mixed.composed(work, 0, "untargeted" if name == "flips" else name)[0].images
+            exact = rows if name != "untargeted" else own == 0
+            if threats == "all":
+                np.testing.assert_array_equal(every.images[exact], alone[exact])
+        if threats in ("clean", "flips"):
+            assert not touched.any()
+        elif threats != "all":
+            assert touched[its[threats]].all() and not touched[~its[threats]].any()
+    again = run("mixed_threats.py", tmp_path / "run", *flags)
+    assert again.returncode == 0 and ": epoch" not in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attacks": ()}, "at least one seed and one untargeted attack"),
+        ({"backdoor": "sip"}, "unknown backdoors: sip; there are badnets"),
+        ({"defenses": ("luck+none",)}, "unknown filters: luck; there are spectral"),
+        ({"defenses": ("luck",)}, "unknown defenses: luck; there are none"),
+        ({"flip_share": 0.6}, "flip_share must be in .0, 0.5. and at least one image, not 0.6"),
+        ({"num_targets": 11}, "num_targets must be from 1 to the 10 classes"),
+        ({"num_poisons": 500}, "num_poisons must be from 1 to 87, the images of the smallest"),
+    ],
+)
+def test_mixed_threats_that_cannot_be_are_refused_before_any_work(change, message):
+    config = dataclasses.replace(mixed_threats.QUICK, **change)
+    with pytest.raises(ValueError, match=message):
+        mixed.check(config, sources.build_model(config))
 
 
 def test_trusted_sets_are_balanced_nested_and_as_wrong_as_asked():
