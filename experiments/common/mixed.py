@@ -46,13 +46,6 @@ class MixedConfig(Config):
     """Settings of gradient matching."""
 
 
-@dataclasses.dataclass(eq=False, kw_only=True)
-class MixedWork(Work):
-    """A run in progress, with its settings."""
-
-    config: MixedConfig
-
-
 @dataclasses.dataclass(frozen=True)
 class MixedCell(Cell):
     """One network to train: by `defense`, without what `drops` flags, if there is such a filter."""
@@ -88,7 +81,7 @@ def experiment(config: MixedConfig) -> None:
     cells = [cell for seed in config.seeds for cell in cells_of(config, seed)]
     splits = sources.load(config, config.seeds[0])
     with runs.Meter(len(cells) * config.recipe.epochs) as meter:
-        work = MixedWork(config=config, output=output, meter=meter, model=model)
+        work = Work(config=config, output=output, meter=meter, model=model)
         for cell in cells:
             if not runs.succeeded(output.finished(cell.name)):
                 row = runs.attempt(functools.partial(train_cell, work, cell))
@@ -128,9 +121,9 @@ def parsed(name: str) -> tuple[str, str]:
     return (name, "none") if name in registry.FILTERS else (drops, defense)
 
 
-def train_cell(work: MixedWork, cell: MixedCell) -> dict[str, Any]:
+def train_cell(work: Work, cell: MixedCell) -> dict[str, Any]:
     """Trains one network and returns what became of it."""
-    splits, config = sources.load(work.config, cell.seed), work.config
+    splits = sources.load(work.config, cell.seed)
     train, threats = composed(work, cell.seed, cell.threats)
     more: dict[str, Any] = {}
     if cell.drops:
@@ -152,13 +145,13 @@ def train_cell(work: MixedWork, cell: MixedCell) -> dict[str, Any]:
         "successes": int(opened.success.sum()),
         "num_triggered": len(opened.success),
         "taken": int(np.sum(shares.argmax(axis=1) == targets[:, 1])),
-        "num_targets": config.num_targets,
+        "num_targets": len(targets),
         "num_train": len(train.labels),
         **more,
     }
 
 
-def fit(work: MixedWork, cell: MixedCell, train: Dataset) -> Any:
+def fit(work: Work, cell: MixedCell, train: Dataset) -> Any:
     """Trains a cell, or continues it, or restores it; returns its variables."""
     epochs = work.config.recipe.epochs
     if (cell.threats, cell.drops, cell.defense) == (CLEAN, "", "none"):
@@ -176,7 +169,7 @@ def fit(work: MixedWork, cell: MixedCell, train: Dataset) -> Any:
     return study.fit(work, cell, train, work.config.recipe, report).variables
 
 
-def composed(work: MixedWork, seed: int, threats: str) -> tuple[Dataset, dict[str, np.ndarray]]:
+def composed(work: Work, seed: int, threats: str) -> tuple[Dataset, dict[str, np.ndarray]]:
     """Returns a training set in 8 bits, and which rows belong to each threat in it, bool [N]."""
     clean = sources.load(work.config, seed).train
     images, labels = np.array(pixels.to_uint8(clean.images)), np.array(clean.labels)
@@ -191,7 +184,7 @@ def composed(work: MixedWork, seed: int, threats: str) -> tuple[Dataset, dict[st
     return Dataset(images, labels), rows
 
 
-def part(work: MixedWork, seed: int, threat: str) -> PoisonedDataset:
+def part(work: Work, seed: int, threat: str) -> PoisonedDataset:
     """Returns the set that holds one threat alone from its archive, made now unless it is there."""
     if threat == "untargeted":
         return study.poisons(work, Cell(seed, 1.0, "none"))
@@ -209,9 +202,15 @@ def part(work: MixedWork, seed: int, threat: str) -> PoisonedDataset:
     return hosts.on_all(lambda: attacks.load(path, num_classes=work.model.num_classes))
 
 
-def targeted(work: MixedWork, seed: int, key: jax.Array) -> PoisonedDataset:
+def settings_of(work: Work) -> MixedConfig:
+    """Returns the settings of a run of this experiment."""
+    assert isinstance(work.config, MixedConfig)
+    return work.config
+
+
+def targeted(work: Work, seed: int, key: jax.Array) -> PoisonedDataset:
     """Returns the training set with the poisons of all targets; no two share a class, or a row."""
-    config, splits = work.config, sources.load(work.config, seed)
+    config, splits = settings_of(work), sources.load(work.config, seed)
     known = study.surrogate(work, seed)
     shares, true = predictions.probabilities(*known, splits.test.images), splits.test.labels
     others = np.where(np.arange(shares.shape[1]) == true[:, None], -1, shares).argmax(axis=1)
@@ -234,9 +233,9 @@ def targeted(work: MixedWork, seed: int, key: jax.Array) -> PoisonedDataset:
     return PoisonedDataset(images, np.asarray(splits.train.labels), attack_id, made)
 
 
-def triggered(work: MixedWork, seed: int, key: jax.Array) -> PoisonedDataset:
+def triggered(work: Work, seed: int, key: jax.Array) -> PoisonedDataset:
     """Returns the training set with the backdoor, on images that are no targets' poisons."""
-    config, clean = work.config, sources.load(work.config, seed).train
+    config, clean = settings_of(work), sources.load(work.config, seed).train
     rest = np.flatnonzero(~part(work, seed, "targeted").is_poisoned)
     attack = registry.BACKDOORS[config.backdoor].make(config, study.surrogate(work, seed))
     share = config.backdoor_share * len(clean.labels) / len(rest)
@@ -247,9 +246,9 @@ def triggered(work: MixedWork, seed: int, key: jax.Array) -> PoisonedDataset:
     return made._replace(images=images, labels=labels, attack_id=attack_id)
 
 
-def flipped(work: MixedWork, seed: int, key: jax.Array) -> PoisonedDataset:
+def flipped(work: Work, seed: int, key: jax.Array) -> PoisonedDataset:
     """Returns the training set with wrong labels, on images that are neither's poisons."""
-    config, clean = work.config, sources.load(work.config, seed).train
+    config, clean = settings_of(work), sources.load(work.config, seed).train
     taken = part(work, seed, "targeted").is_poisoned | part(work, seed, "backdoor").is_poisoned
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     rows = rng.permutation(np.flatnonzero(~taken))[: round(config.flip_share * len(taken))]
