@@ -333,7 +333,9 @@ def _unmeasured() -> list[str]:
         "trusted set; against a filter on several extractors at once; poisons among the trusted "
         "images.",
         "- Sleeper Agent, label-consistent backdoors and Narcissus under any defense; SIG and "
-        "WaNet where they work; backdoors in transfer learning, and in photographs.",
+        "WaNet where they work; backdoors in transfer learning, and defenses against those in "
+        "photographs, where without any they work as they should "
+        "([strength](results.md#backdoor-cifar10-short)).",
         "- Filters of the second table against training from scratch, and most defenses of the "
         "first in transfer learning.",
         "- `filters.feature_centroid` against an attacker who knows it.",
