@@ -333,8 +333,8 @@ def _unmeasured() -> list[str]:
         "trusted set; against a filter on several extractors at once; poisons among the trusted "
         "images.",
         "- Sleeper Agent, label-consistent backdoors and Narcissus under any defense; SIG and "
-        "WaNet where they work; backdoors in transfer learning, and defenses against those in "
-        "photographs, where without any they work as they should "
+        "WaNet where they work; backdoors in transfer learning; defenses against backdoors in "
+        "photographs, where BadNets and Blended work "
         "([strength](results.md#backdoor-cifar10-short)).",
         "- Filters of the second table against training from scratch, and most defenses of the "
         "first in transfer learning.",
